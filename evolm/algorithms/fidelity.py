@@ -1,0 +1,80 @@
+"""Rungs: how long trials are trained, and which of them go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from fitness.objectives import Objective, minimised
+from fitness.pareto import preference
+from fitness.trial import Trial
+from search_spaces.errors import UsageError
+
+DEFAULT_ETA = 4
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The ladder: tokens of each rung, lowest first; `eta` is how many trials of a rung there are for each that goes
+    on."""
+
+    rungs: tuple[int, ...]
+    eta: int = DEFAULT_ETA
+
+    @property
+    def top(self) -> int:
+        """The number of the last rung."""
+        return len(self.rungs) - 1
+
+
+def read_fidelity(given: Mapping[str, Any] | None) -> Fidelity | None:
+    """`{"tokens": [2M, 32M], "eta": 4}` as rungs: from the first number, times eta each, up to the last.
+
+    More than two numbers are the rungs themselves; one number is a single rung. Raises UsageError.
+    """
+    if given is None:
+        return None
+    eta = given.get("eta", DEFAULT_ETA)
+    if isinstance(eta, bool) or not isinstance(eta, int) or eta < 2:
+        raise UsageError(f"fidelity.eta: must be a whole number of at least 2, is {eta!r}")
+    tokens = given.get("tokens")
+    numbers = tokens if isinstance(tokens, list | tuple) else [tokens]
+    rungs = []
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float) or number < 1:
+            raise UsageError(f"fidelity.tokens: must be numbers of tokens, is {tokens!r}")
+        rungs.append(int(number))
+    if not rungs or any(low >= high for low, high in pairwise(rungs)):
+        raise UsageError(f"fidelity.tokens: must grow from rung to rung, is {tokens!r}")
+    if len(rungs) == 2:
+        low, high = rungs
+        rungs = [high]
+        while rungs[0] / eta > low * 1.01:
+            rungs.insert(0, round(rungs[0] / eta))
+        if low < rungs[0]:
+            rungs.insert(0, low)
+    return Fidelity(tuple(rungs), eta)
+
+
+def next_promotion(
+    trials: Sequence[Trial], fidelity: Fidelity, objectives: Sequence[Objective], always: int | None = None
+) -> Trial | None:
+    """The trial to train on, or None: asynchronous successive halving that promotes (Li et al. 2020, arXiv 1810.05934).
+
+    At each rung, highest first, the best 1/eta of all trials that reached it may go on; better means a lower front and,
+    within a front, more added hypervolume. `always` is a trial that goes on whatever its rank: the baseline.
+    """
+    for rung in range(fidelity.top - 1, -1, -1):
+        reached = [trial for trial in trials if trial.rung >= rung and trial.state not in ("failed", "infeasible")]
+        waiting = {trial.id for trial in reached if trial.rung == rung and trial.state == "paused"}
+        if not waiting:
+            continue
+        if always in waiting:
+            return next(trial for trial in reached if trial.id == always)
+        points = minimised([trial.rungs[rung].metrics for trial in reached], objectives)
+        for index in preference(points, len(reached) // fidelity.eta):
+            if reached[index].id in waiting:
+                return reached[index]
+    return None

@@ -1,0 +1,63 @@
+"""The command line. Each command imports what it needs when it runs: help must not wait for torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from evolm import __version__
+from evolm.cli import looking, models, searching
+
+app = typer.Typer(
+    name="evolm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help, in half the time
+    help="Search for the language model worth training, then train it.",
+    epilog="Start here: evolm search search_spaces/demo.yaml",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evolm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+searching.register(app)
+looking.register(app)
+models.register(app)
+
+
+def main() -> None:
+    """Run a command; errors of evolm end with their own exit code and one message, without a traceback."""
+    from evolm.packages import foreign_packages
+
+    if foreign := foreign_packages():
+        print("error: " + "\n".join(foreign), file=sys.stderr)
+        sys.exit(1)
+    from search_spaces.errors import EvolmError
+
+    try:
+        app()
+    except EvolmError as error:
+        if "EVOLM_DEBUG" in os.environ:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that the interpreter's last flush has somewhere to go
+        sys.exit(1)

@@ -1,0 +1,110 @@
+"""Commands that search: search, resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from evolm.launch import Ended
+
+Run = Annotated[str, typer.Argument(help="Name of a run under runs/, or its folder.", metavar="RUN")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Genomes to try in all.")]
+Hours = Annotated[float | None, typer.Option(min=0, help="Hours after which nothing more is launched.")]
+Executor = Annotated[str, typer.Option(help="Where trials run: ray or inline (one by one, in this process).")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to use: auto or host:port. A Ray on this machine when absent.")
+]
+Cache = Annotated[Path | None, typer.Option(help="Folder for tokenised corpora. The user's cache folder when absent.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(search)
+    app.command()(resume)
+
+
+def search(
+    space: Annotated[Path, typer.Argument(help="Space file: a recipe in which values may be genes.", metavar="SPACE")],
+    run: Annotated[str | None, typer.Option(help="Name or folder of the run; the space's name when absent.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="auto, nsga2, random, or a plug-in's name.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of proposals, initial weights and data order.")] = None,
+    trials: Trials = None,
+    hours: Hours = None,
+    executor: Executor = "ray",
+    address: Address = None,
+    cache: Cache = None,
+) -> None:
+    """Search a space: train many small models, show the Pareto front.
+
+    Examples:
+
+      evolm search search_spaces/demo.yaml
+
+      evolm search my_space.yaml --run first --trials 200 --address auto
+    """
+    from evolm import launch
+
+    ended = launch.start(
+        space,
+        run=run,
+        executor=executor,
+        address=address,
+        cache=cache,
+        say=_say,
+        algorithm=algorithm,
+        seed=seed,
+        trials=trials,
+        hours=hours,
+    )
+    _finish(ended)
+
+
+def resume(
+    run: Run,
+    trials: Trials = None,
+    hours: Hours = None,
+    executor: Executor = "ray",
+    address: Address = None,
+    cache: Cache = None,
+) -> None:
+    """Go on with a run that was stopped or killed, or that has a larger budget now.
+
+    Examples:
+
+      evolm resume demo-1
+
+      evolm resume runs/demo-1 --trials 100
+    """
+    from evolm import launch
+
+    _finish(launch.resume(run, executor=executor, address=address, cache=cache, say=_say, trials=trials, hours=hours))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _finish(ended: Ended) -> None:
+    """Print the front, the report's path and what to do next."""
+    import signal
+
+    from reports.page import write_report
+    from reports.table import trial_table
+
+    run = ended.run
+    status = run.status()
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(status["trials"].items()))
+    typer.echo(f"run {run.name}: {counts}; {status['flops']:.3g} FLOPs, {status['seconds']:.0f} s")
+    front = run.front()
+    if front:
+        typer.echo(trial_table(front, run.objectives, [gene.path for gene in run.file.space.genes]))
+    write_report(run.data(), run.folder.report)
+    typer.echo(f"report: {run.folder.report}")
+    if ended.why == "interrupted":
+        typer.echo(f"interrupted, everything is saved; go on with: evolm resume {run.folder.path}")
+        raise typer.Exit(128 + (ended.signal or signal.SIGINT))
+    if front:
+        typer.echo(f"promote the best: evolm promote {run.folder.path} best")

@@ -1,0 +1,65 @@
+"""The exception tree of evolm. Each class stands in the lowest room that raises it; all of them can be had from here.
+
+EvolmError                      1   root; the number is the exit code of the command line
+├── UsageError                  2   a flag, name or file that cannot be used as given
+│   ├── SpaceError              2   a space, recipe or genome that breaks the rules; carries all problems
+│   ├── ExpressionError         2   an expression without a value
+│   └── DataError               2   sources that give nothing to train or score on
+├── NothingFeasible             3   a search that ended without one completed trial
+├── RunBusy                     4   another controller works in the run folder
+├── StorageError                5   the run folder: full, read-only, vanished, torn
+├── CheckpointError             5   a checkpoint: missing, torn, or of another run
+├── GateError                   6   a gate said no: parity, worse than the baseline
+├── BadMetrics                  1   a trial told something that is no finite number
+├── SpaceExhausted              1   every genome of the space has been proposed
+├── ExecutorError               1   workers that cannot be had
+└── Refused                     1   inside a trial: training that was ended, with a typed reason
+    ├── Diverged                    no longer finite, or worse than guessing
+    └── Leak                        the model sees what it predicts
+"""
+
+from fitness.errors import BadMetrics, RunBusy, StorageError
+from search_spaces.errors import EvolmError, Problem, SpaceError, UsageError
+from search_spaces.expressions import ExpressionError
+from trainer.errors import CheckpointError, DataError, Diverged, Leak, Refused
+
+
+class NothingFeasible(EvolmError):
+    """The search ended and no trial completed."""
+
+    exit_code = 3
+
+
+class GateError(EvolmError):
+    """A result that must not be passed on."""
+
+    exit_code = 6
+
+
+class SpaceExhausted(EvolmError):
+    """Every genome of the space has been proposed."""
+
+
+class ExecutorError(EvolmError):
+    """Workers that cannot be had, or were lost for good."""
+
+
+__all__ = [
+    "BadMetrics",
+    "CheckpointError",
+    "DataError",
+    "Diverged",
+    "EvolmError",
+    "ExecutorError",
+    "ExpressionError",
+    "GateError",
+    "Leak",
+    "NothingFeasible",
+    "Problem",
+    "Refused",
+    "RunBusy",
+    "SpaceError",
+    "SpaceExhausted",
+    "StorageError",
+    "UsageError",
+]

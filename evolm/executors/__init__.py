@@ -1,0 +1,1 @@
+"""Where trials run: an executor runs what it is given and proposes nothing."""

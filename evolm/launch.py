@@ -1,0 +1,259 @@
+"""Starting and resuming searches: from a space file or a run folder to a controller at work, and what it leaves
+behind."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from evolm import __version__
+from evolm.config import Settings, SpaceFile, load_space, with_overrides
+from evolm.controller import Budget, Controller, Why
+from evolm.errors import NothingFeasible, UsageError
+from evolm.executors.base import Executor
+from evolm.progress import show
+from evolm.run import Run, load
+from evolm.run_folder import RunFolder, existing, new_or_named
+from evolm.search import Search
+from evolm.worker import Context, run_recipe
+from fitness.ledger import Ledger
+from search_spaces.genes import ChoiceGene, NumberGene
+from search_spaces.genome import difference
+from trainer.data.cache import default_cache
+from trainer.data.corpus import Corpus
+from trainer.data.tokenizer import open_tokenizer
+from trainer.recipe import Data
+
+EXECUTORS = ("ray", "inline")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a search ended: the run, why, and the signal that ended it."""
+
+    run: Run
+    why: Why
+    signal: int | None
+
+
+def start(
+    path: Path,
+    *,
+    run: str | None = None,
+    executor: str = "ray",
+    address: str | None = None,
+    cache: Path | None = None,
+    say: Say = lambda text: None,
+    **overrides: Any,
+) -> Ended:
+    """Search the space in a file. A run that exists and has the same space is continued.
+
+    Raises UsageError, SpaceError, DataError, RunBusy, StorageError, ExecutorError, NothingFeasible.
+    """
+    _check_executor(executor)
+    file = load_space(path)
+    folder = new_or_named(run, file.name)
+    if folder.exists:
+        _refuse_other_space(folder, file)
+        return resume(str(folder.path), executor=executor, address=address, cache=cache, say=say, **overrides)
+    settings = with_overrides(file.settings, **overrides)
+    fresh = not folder.path.exists()
+    with folder.locked():
+        try:
+            roots = [str(Path.cwd()), str(path.resolve().parent)]
+            corpus = _prepare(file, cache or default_cache(), roots, say)
+        except BaseException:
+            if fresh:  # nothing was begun: leave nothing behind
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+        folder.space.write_text(file.text)
+        meta = {
+            "settings": settings.as_dict(),
+            "roots": roots,
+            "cache": str((cache or default_cache()).absolute()),
+            "corpus": corpus.manifest(),
+            "evolm": __version__,
+        }
+        ledger = Ledger.create(folder.ledger, meta)
+        return _work(folder, file, settings, ledger, executor, address, say)
+
+
+def resume(
+    run: str,
+    *,
+    executor: str = "ray",
+    address: str | None = None,
+    cache: Path | None = None,
+    say: Say = lambda text: None,
+    **overrides: Any,
+) -> Ended:
+    """Go on with a run where it stopped. Budgets may be raised; what decides which genomes come next may not be
+    changed."""
+    _check_executor(executor)
+    folder = existing(run)
+    with folder.locked():
+        file = load_space(folder.space)
+        ledger = Ledger.open(folder.ledger, write=True)
+        begun = Settings.from_dict(ledger.meta["settings"])
+        for name in ("algorithm", "seed"):
+            wanted = overrides.get(name)
+            if wanted is not None and wanted != getattr(begun, name):
+                raise UsageError(f"run '{folder.name}' was begun with {name} {getattr(begun, name)}, not {wanted}")
+        settings = with_overrides(begun, **overrides)
+        _prepare(file, cache or Path(ledger.meta["cache"]), ledger.meta["roots"], say)
+        return _work(folder, file, settings, ledger, executor, address, say, cache=cache)
+
+
+def _check_executor(executor: str) -> None:
+    if executor not in EXECUTORS:
+        raise UsageError(f"--executor must be one of {', '.join(EXECUTORS)}, is '{executor}'")
+
+
+def _refuse_other_space(folder: RunFolder, file: SpaceFile) -> None:
+    frozen = load_space(folder.space)
+    changed = difference(frozen.document.value, file.document.value)
+    if changed:
+        listing = "\n  ".join(changed[:20])
+        raise UsageError(
+            f"run '{folder.name}' was begun with another space:\n  {listing}\n"
+            f"continue it with `evolm resume {folder.path}`, or give the new search another --run"
+        )
+
+
+def _prepare(file: SpaceFile, cache: Path, roots: list[str], say: Say) -> Corpus:
+    """Build the corpus before any trial, so that bad data is told at once, and a vocabulary that the text cannot
+    fill."""
+    data = Data.model_validate(file.space.baseline.values()["data"])
+    say("reading the corpus")
+    corpus = Corpus.open(data, cache, [Path(root) for root in roots])
+    largest = _largest_vocabulary(file, data.tokenizer.vocab_size)
+    if largest > data.tokenizer.vocab_size:
+        open_tokenizer(data.tokenizer.model_copy(update={"vocab_size": largest}), corpus.documents, cache)
+    return corpus
+
+
+def _largest_vocabulary(file: SpaceFile, given: int) -> int:
+    gene = next((gene for gene in file.space.genes if gene.path == ("data", "tokenizer", "vocab_size")), None)
+    if isinstance(gene, NumberGene):
+        return int(gene.high)
+    return max(gene.items) if isinstance(gene, ChoiceGene) else given
+
+
+def _work(
+    folder: RunFolder,
+    file: SpaceFile,
+    settings: Settings,
+    ledger: Ledger,
+    executor: str,
+    address: str | None,
+    say: Say,
+    cache: Path | None = None,
+) -> Ended:
+    """Run the controller to its end and write the report."""
+    search = Search(
+        file.space,
+        settings.objectives,
+        algorithm=settings.algorithm,
+        seed=settings.seed,
+        fidelity=settings.fidelity,
+        ledger=ledger,
+    )
+    context = Context(
+        cache=str((cache or Path(ledger.meta["cache"])).absolute()),
+        roots=ledger.meta["roots"],
+        documents={name: one["digest"] for name, one in ledger.meta["corpus"]["sources"].items()},
+        target=settings.target,
+        device="cuda" if settings.gpus > 0 else "cpu",
+        threads=max(1, int(settings.cpus)),
+    )
+    view = show(search, settings.trials)
+    say(f"starting workers ({executor})")
+    workers = _executor(executor, settings, address, view)
+    ledger.open_session(_session(executor))
+    try:
+        controller = Controller(
+            folder,
+            search,
+            workers,
+            budget=Budget(trials=settings.trials, seconds=None if settings.hours is None else settings.hours * 3600),
+            seed=settings.seed,
+            context=context.as_dict(),
+            view=view,
+        )
+        with _stopped_by_signals(controller) as received, view:
+            why = controller.run()
+        ledger.close_session(why)
+    finally:
+        workers.close()
+    ledger.close()
+    ended = load(folder.path.absolute())
+    if why != "interrupted" and not any(trial.state == "complete" for trial in ended.trials()):
+        reasons = (
+            ", ".join(f"{count} {name}" for name, count in ended.status()["failures"].items()) or "none was started"
+        )
+        raise NothingFeasible(
+            f"run '{folder.name}' ended without a completed trial: {reasons}; `evolm show` tells more"
+        )
+    return Ended(run=ended, why=why, signal=received[-1] if received else None)
+
+
+def _executor(name: str, settings: Settings, address: str | None, view: Any) -> Executor:
+    if name == "inline":
+        from evolm.executors.inline import InlineExecutor
+
+        return InlineExecutor(run_recipe, lambda progress: bool(view.tick([progress])) or True)
+    from evolm.executors.ray_actors import RayExecutor
+
+    return RayExecutor(
+        run_recipe, cpus=settings.cpus, gpus=settings.gpus, slots=settings.max_concurrent, address=address
+    )
+
+
+def _session(executor: str) -> dict[str, Any]:
+    """Who works, and with what: the versions that results depend on."""
+    versions = {"python": platform.python_version(), "evolm": __version__}
+    for package in ("torch", "transformers", "tokenizers", "ray", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "missing"
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "executor": executor,
+        "command": " ".join(sys.argv),
+        "versions": versions,
+    }
+
+
+@contextmanager
+def _stopped_by_signals(controller: Controller) -> Iterator[list[int]]:
+    """First signal: launch nothing more, running trials save and end. Second: leave them. Third: die."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) >= 3:
+            os._exit(128 + number)
+        controller.stop()
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""A run, looked at: everything that reading commands, reports and notebooks need, from the run's folder alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evolm.config import Settings, SpaceFile, load_space
+from evolm.errors import UsageError
+from evolm.run_folder import RunFolder, existing
+from evolm.search import front_of
+from fitness.ledger import Ledger
+from fitness.objectives import Objective, minimised, read_objectives
+from fitness.pareto import Normaliser, knee
+from fitness.trial import Trial
+from trainer import cost
+
+if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects as graph_objects
+
+    from reports.frame import RunData
+
+BOUNDS_FROM = 8
+"""Results of the highest rung from which the bounds of the normalised hypervolume are taken, once and for all."""
+
+SCHEMA_VERSION = 1
+
+
+def load(path: str | Path) -> Run:
+    """Open a run for reading, by its name or its folder. Raises UsageError when there is none."""
+    folder = existing(str(path))
+    ledger = Ledger.open(folder.ledger)
+    return Run(
+        folder=folder,
+        ledger=ledger,
+        file=load_space(folder.space),
+        settings=Settings.from_dict(ledger.meta["settings"]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as it was when it was opened; it may have gone on since."""
+
+    folder: RunFolder
+    ledger: Ledger
+    file: SpaceFile
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the search optimised."""
+        return read_objectives(self.settings.objectives)
+
+    def trials(self) -> list[Trial]:
+        """All trials, by number."""
+        return list(self.ledger.trials.values())
+
+    def front(self) -> list[Trial]:
+        """The Pareto front, by the first objective."""
+        return front_of(self.trials(), self.objectives)
+
+    def trial(self, which: str) -> Trial:
+        """A trial by its number, `best` (lowest first objective on the front) or `knee`. Raises UsageError."""
+        front = self.front()
+        if which in ("best", "knee"):
+            if not front:
+                raise UsageError(f"run '{self.name}' has no result yet, so no {which} trial")
+            points = minimised([trial.metrics for trial in front], self.objectives)
+            index = knee(points) if which == "knee" and len(self.objectives) > 1 else 0
+            return front[index if index is not None else len(front) // 2]
+        if not which.isdigit() or int(which) not in self.ledger.trials:
+            raise UsageError(
+                f"run '{self.name}' has no trial '{which}'; there are 1 to {len(self.ledger.trials)}, `best` and `knee`"
+            )
+        return self.ledger.trials[int(which)]
+
+    @property
+    def baseline(self) -> Trial | None:
+        """The trial of the space's baseline, if it was tried."""
+        number = self.ledger.numbers.get(self.file.space.baseline)
+        return self.ledger.trials[number] if number is not None else None
+
+    @property
+    def state(self) -> str:
+        """`running` while a controller is at work; `finished` when the last one had nothing left to do;
+        `interrupted`."""
+        if self.folder.busy:
+            return "running"
+        sessions = self.ledger.sessions()
+        why = sessions[-1]["why"] if sessions else None
+        return "finished" if why in ("budget", "exhausted") else "interrupted"
+
+    def hypervolumes(self) -> list[tuple[Trial, float]]:
+        """The normalised hypervolume after each result of the highest rung, in the order in which they came.
+
+        Objectives are mapped to [0, 1] by the range of the first results (costs logarithmically); the reference is 1.1.
+        """
+        highest = max((trial.rung for trial in self.trials()), default=0)
+        told = [trial for trial in self.trials() if trial.rung == highest and trial.rungs and trial.state != "failed"]
+        told.sort(key=lambda trial: trial.rungs[-1].seq)
+        if not told:
+            return []
+        points = minimised([trial.metrics for trial in told], self.objectives)
+        costs = [objective.metric in cost.NAMES for objective in self.objectives]
+        normaliser = Normaliser(points[:BOUNDS_FROM], costs)
+        return [(trial, normaliser.hypervolume(points[: i + 1])) for i, trial in enumerate(told)]
+
+    def status(self) -> dict[str, Any]:
+        """What `evolm status --json` prints."""
+        trials = self.trials()
+        volumes = self.hypervolumes()
+        running = [trial for trial in trials if trial.state == "running"] if self.folder.busy else []
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run": self.name,
+            "state": self.state,
+            "trials": dict(Counter(trial.state for trial in trials)),
+            "failures": dict(Counter(str(trial.reason) for trial in trials if trial.state == "failed")),
+            "front": len(self.front()),
+            "hypervolume": volumes[-1][1] if volumes else 0.0,
+            "flops": sum(trial.flops for trial in trials),
+            "seconds": sum(session["ended"] - session["began"] for session in self.ledger.sessions()),
+            "workers": [{**(trial.worker or {}), "trial": trial.id} for trial in running],
+        }
+
+    def data(self) -> RunData:
+        """The run as the reports want it."""
+        from reports.frame import RunData
+
+        baseline = self.baseline
+        return RunData(
+            name=self.name,
+            path=str(self.folder.path),
+            state=self.state,
+            objectives=self.objectives,
+            genes=[gene.path for gene in self.file.space.genes],
+            trials=self.trials(),
+            front=self.front(),
+            knee=self.trial("knee").id if self.front() else None,
+            baseline=baseline.id if baseline else None,
+            hypervolumes=self.hypervolumes(),
+            rungs=list(self.settings.fidelity.rungs),
+            settings=self.settings.as_dict(),
+            meta=self.ledger.meta,
+            seconds=sum(session["ended"] - session["began"] for session in self.ledger.sessions()),
+            space=self.file.text,
+            curves=self.curves(),
+        )
+
+    def curves(self) -> dict[int, list[dict[str, Any]]]:
+        """The lines of every trial's metrics.jsonl."""
+        import json
+
+        found: dict[int, list[dict[str, Any]]] = {}
+        for trial in self.trials():
+            file = self.folder.trial(trial.id) / "metrics.jsonl"
+            if file.is_file():
+                lines = file.read_text(errors="replace").splitlines()
+                # A line that was cut off by a kill is left out; the one before it is whole.
+                found[trial.id] = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return found
+
+    def trials_frame(self) -> pandas.DataFrame:
+        """A row for each trial: state, objectives and metrics, genes."""
+        from reports.frame import trials_frame
+
+        return trials_frame(self.data())
+
+    def figure(self, name: str) -> graph_objects.Figure:
+        """One of the report's figures by name. Raises UsageError with the names there are."""
+        from reports import figures
+
+        if name not in figures.FIGURES:
+            raise UsageError(f"unknown figure '{name}'; there are {', '.join(figures.FIGURES)}")
+        return figures.FIGURES[name](self.data())

@@ -1,0 +1,222 @@
+"""One trial, start to finish, in the process that runs it: recipe, corpus, training, scores.
+
+This is the trial boundary: whatever goes wrong inside becomes an outcome with a reason, and the search goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from evolm.errors import CheckpointError, DataError, EvolmError, Refused, StorageError
+from evolm.executors.base import Job, Outcome, Tell, TrialProgress
+from evolm.run_folder import latest_checkpoint, rung_checkpoint
+from fitness.loss import loss_metrics, score_domains
+from fitness.trial import Reason
+from trainer.cost import costs
+from trainer.data.corpus import Corpus
+from trainer.recipe import Data, Recipe
+
+if TYPE_CHECKING:  # torch is imported when a trial runs: the process that only decides does without
+    from trainer.loop import Progress, Record
+
+METRICS_EVERY = 0.02
+"""Share of a run's tokens between lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What all trials of a run share.
+
+    `documents` pins the sources: their digests when the run began. `checkpoint_seconds` is how often a running trial
+    saves.
+    """
+
+    cache: str
+    roots: list[str]
+    documents: dict[str, str]
+    target: dict[str, float] | None
+    device: str = "cpu"
+    threads: int = 1
+    checkpoint_seconds: float = 300.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def run_recipe(job: Job, tell: Tell) -> Outcome:
+    """Train and score a job's genome up to its rung. Never raises."""
+    started = time.perf_counter()
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    try:
+        return _train_and_score(job, tell, Context(**job.context))
+    except Exception as error:  # the one broad except of evolm: no trial's failure may end the search
+        outcome = _failed(job, error)
+    seconds = time.perf_counter() - started
+    return Outcome(**{**_fields(outcome), "seconds": seconds})
+
+
+def _fields(outcome: Outcome) -> dict[str, Any]:
+    return {name: getattr(outcome, name) for name in outcome.__dataclass_fields__}
+
+
+def _train_and_score(job: Job, tell: Tell, context: Context) -> Outcome:
+    import torch
+
+    from trainer.evaluate import TokenScorer
+
+    torch.set_num_threads(context.threads)
+    recipe = Recipe.model_validate(job.genome)
+    corpus = _corpus(recipe.model_dump_json(include={"data"}), context.cache, tuple(context.roots))
+    _refuse_changed(corpus, context)
+    with (Path(job.folder) / "metrics.jsonl").open("a") as log:
+        record, note = _train(job, tell, context, recipe, corpus, log)
+        if not record.finished:
+            return Outcome(
+                trial=job.trial,
+                rung=job.rung,
+                kind="fail",
+                reason="interrupted",
+                message="stopped and saved",
+                flops=record.flops,
+                seconds=record.seconds,
+            )
+        scoring = time.perf_counter()
+        losses = score_domains(TokenScorer(record.model, recipe), corpus.held_out("validation"))
+        metrics = loss_metrics(losses, context.target)
+        metrics |= {
+            "train_loss": record.train_loss,
+            "tokens_per_second": record.flops / costs(recipe).flops_per_token / max(record.seconds, 1e-9),
+            "seconds": record.seconds,
+            **{f"tokens/{name}": float(count) for name, count in record.tokens_by_source.items()},
+            **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
+        }
+        _write(log, {"rung": job.rung, "tokens": record.tokens, **metrics})
+    return Outcome(
+        trial=job.trial,
+        rung=job.rung,
+        kind="result",
+        metrics=metrics,
+        flops=record.flops,
+        seconds=record.seconds + time.perf_counter() - scoring,
+        message=note,
+    )
+
+
+def _train(job: Job, tell: Tell, context: Context, recipe: Recipe, corpus: Corpus, log: TextIO) -> tuple[Record, str]:
+    """Train from the newest checkpoint that can be used; says which ones could not."""
+    from trainer.loop import Checkpoints, train
+
+    checkpoints = Checkpoints(
+        latest=latest_checkpoint(job.folder),
+        trunk=None if job.top else rung_checkpoint(job.folder, job.rung),
+        seconds=context.checkpoint_seconds,
+    )
+    reporter = _Reporter(job, tell, log)
+    notes: list[str] = []
+    for start in (latest_checkpoint(job.folder), rung_checkpoint(job.folder, job.rung - 1), None):
+        if start is not None and not start.exists():
+            continue
+        try:
+            record = train(
+                recipe,
+                reporter,
+                corpus=corpus,
+                tokens=job.tokens,
+                seed=job.seed,
+                start=start,
+                checkpoints=checkpoints,
+                device=context.device,
+            )
+            return record, "; ".join(notes)
+        except CheckpointError as error:
+            if start is None:
+                raise
+            notes.append(f"not used: {error}")
+    raise AssertionError("training from the beginning needs no checkpoint")
+
+
+class _Reporter:
+    """Passes the progress of training on: to the executor every step, to metrics.jsonl now and then."""
+
+    def __init__(self, job: Job, tell: Tell, log: TextIO) -> None:
+        self.job, self.tell, self.log = job, tell, log
+        self.next_line = 0.0
+
+    def __call__(self, progress: Progress) -> bool:
+        if progress.tokens >= self.next_line:
+            _write(self.log, asdict(progress))
+            self.next_line = progress.tokens + METRICS_EVERY * progress.total_tokens
+        return self.tell(
+            TrialProgress(
+                trial=self.job.trial,
+                tokens=progress.tokens,
+                total_tokens=progress.total_tokens,
+                loss=progress.loss,
+                tokens_per_second=progress.tokens_per_second,
+            )
+        )
+
+
+def _write(log: TextIO, values: Mapping[str, Any]) -> None:
+    log.write(json.dumps(values) + "\n")
+    log.flush()
+
+
+@lru_cache(maxsize=64)
+def _corpus(data: str, cache: str, roots: tuple[str, ...]) -> Corpus:
+    """A corpus stays open between the trials of a worker."""
+    values = Data.model_validate_json(json.dumps(json.loads(data)["data"]))
+    return Corpus.open(values, Path(cache), [Path(root) for root in roots])
+
+
+def _refuse_changed(corpus: Corpus, context: Context) -> None:
+    for name, documents in corpus.documents.items():
+        pinned = context.documents.get(name, documents.digest)
+        if documents.digest != pinned:
+            raise _CorpusChanged(
+                f"source '{name}' is not what it was when the run began ({documents.digest[:12]}, was {pinned[:12]}); "
+                "restore it, or start a new run"
+            )
+
+
+class _CorpusChanged(DataError):
+    """The text that all trials are compared on is no longer the same."""
+
+
+def _failed(job: Job, error: Exception) -> Outcome:
+    """What an exception inside a trial means for it."""
+    words = f"{type(error).__name__}: {error}" if not isinstance(error, EvolmError) else str(error)
+    if isinstance(error, _CorpusChanged):
+        return Outcome(trial=job.trial, rung=job.rung, kind="fatal", message=words, error=DataError(words))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        full = StorageError(f"{job.folder}: {error.strerror}; free some space, then run `evolm resume`")
+        return Outcome(trial=job.trial, rung=job.rung, kind="fatal", message=words, error=full)
+    if isinstance(error, DataError):
+        return Outcome(trial=job.trial, rung=job.rung, kind="infeasible", message=words)
+    reason: Reason = "crashed"
+    if isinstance(error, Refused):
+        reason = error.reason  # type: ignore[assignment]  # a trial's reason by construction
+    elif _out_of_memory(error):
+        reason = "oom"
+    else:
+        log = "".join(traceback.format_exception(error))
+        (Path(job.folder) / "error.log").write_text(log)
+    return Outcome(trial=job.trial, rung=job.rung, kind="fail", reason=reason, message=words)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in words or "out of memory" in words))
+    )

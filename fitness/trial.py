@@ -1,0 +1,98 @@
+"""A trial: one genome and everything that happened to it. Immutable; the ledger makes a new one of every event."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from search_spaces.genome import Genome, Values
+
+State = Literal["proposed", "running", "paused", "complete", "failed", "infeasible", "stopped"]
+Reason = Literal["diverged", "leak", "oom", "timeout", "crashed", "lost", "bad_metrics", "interrupted"]
+
+STATES: tuple[State, ...] = ("proposed", "running", "paused", "complete", "failed", "infeasible", "stopped")
+REASONS: tuple[Reason, ...] = (
+    "diverged", "leak", "oom", "timeout", "crashed", "lost", "bad_metrics", "interrupted",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """What a trial told at one rung of the fidelity ladder. `seq` is the number of the event that told it."""
+
+    rung: int
+    tokens: float
+    metrics: Mapping[str, float]
+    flops: float
+    seconds: float
+    seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One genome's way through the search.
+
+    `seen` is the number of the last event that its proposal knew; `attempts` counts launches. `flops` and `seconds` are
+    those of all launches, failed ones included.
+    """
+
+    id: int
+    frozen: Genome
+    parents: tuple[int, ...] = ()
+    operator: str = ""
+    seen: int = 0
+    state: State = "proposed"
+    reason: Reason | None = None
+    message: str = ""
+    rungs: tuple[Rung, ...] = ()
+    attempts: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    worker: Mapping[str, Any] | None = None
+    ended: int | None = None  # number of the event that ended it
+
+    @property
+    def genome(self) -> Values:
+        """The genome as a plain nested dict."""
+        return self.frozen.values()
+
+    @property
+    def digest(self) -> str:
+        """The content id of the genome."""
+        return self.frozen.digest
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics of the highest rung reached; empty before the first."""
+        return self.rungs[-1].metrics if self.rungs else {}
+
+    @property
+    def rung(self) -> int:
+        """The highest rung reached; -1 before the first."""
+        return self.rungs[-1].rung if self.rungs else -1
+
+    def as_of(self, seq: int) -> Trial:
+        """The trial as it was known after event `seq`: later results and a later end are not there."""
+        rungs = tuple(rung for rung in self.rungs if rung.seq <= seq)
+        if self.ended is not None and self.ended <= seq:
+            return replace(self, rungs=rungs)
+        return replace(self, rungs=rungs, ended=None, state="paused" if rungs else "running", reason=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The trial as one JSON object."""
+        return {
+            "id": self.id,
+            "digest": self.digest,
+            "genome": self.genome,
+            "state": self.state,
+            "reason": self.reason,
+            "message": self.message or None,
+            "metrics": dict(self.metrics),
+            "rungs": [{"tokens": rung.tokens, "metrics": dict(rung.metrics)} for rung in self.rungs],
+            "parents": list(self.parents),
+            "operator": self.operator,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "attempts": self.attempts,
+        }

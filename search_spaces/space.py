@@ -1,0 +1,544 @@
+"""A space: a nested mapping in which some values are genes, with what ties them together.
+
+Everything that makes a genome (sampling, mutation, crossover, decoding, the baseline) walks the same way through
+`fill`: genes and derived values in the order in which they depend on each other, each given a value by whoever chooses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search_spaces.errors import Path, Problem, Problems, SpaceError, dotted
+from search_spaces.expressions import Expression, ExpressionError, Lookup
+from search_spaces.genes import Choose, Gene, ListGene, Rng
+from search_spaces.genome import Genome, Values, canonical_json, get, leaves
+from search_spaces.quantities import format_count
+from search_spaces.reading import (
+    dependencies,
+    is_derived,
+    is_gene,
+    longest_of,
+    read_derived,
+    read_expression,
+    read_gene,
+)
+
+MAX_TRIES = 1_000
+"""How many genomes are drawn, at most, in search of a feasible one."""
+
+Exact = Mapping[str, Callable[[Values], float]]
+"""Quantities that are known before any training, as functions of a genome: parameters, FLOPs, bytes."""
+
+Rule = Callable[[Values], str | None]
+"""Says in words why a genome is no complete, coherent recipe, or None."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A condition that every genome of the space meets."""
+
+    expression: Expression
+
+    @property
+    def text(self) -> str:
+        """The condition as the user wrote it."""
+        return self.expression.text
+
+
+class Space:
+    """All genomes that a search may try.
+
+    Build one with `from_dict`; `evolm.Space.load` reads the YAML file of a recipe.
+    """
+
+    def __init__(
+        self,
+        *,
+        template: Mapping[str, Any],
+        nodes: Sequence[Gene | tuple[Path, Expression]],
+        constraints: Sequence[Constraint] = (),
+        exact: Exact | None = None,
+        rule: Rule | None = None,
+    ) -> None:
+        self.template = template
+        self.nodes = tuple(nodes)
+        self.genes: tuple[Gene, ...] = tuple(node for node in nodes if isinstance(node, Gene))
+        self.constraints = tuple(constraints)
+        self.exact: Exact = dict(exact or {})
+        self.rule = rule
+        self.baselines: tuple[Genome, ...] = ()
+        self._blank = json.dumps(template)
+
+    @classmethod
+    def from_dict(
+        cls,
+        genes: Mapping[str, Any],
+        constraints: Sequence[str] = (),
+        *,
+        exact: Exact | None = None,
+        rule: Rule | None = None,
+        baselines: Sequence[Mapping[str, Any]] = (),
+    ) -> Self:
+        """Build a space from any nested mapping of JSON values, some of them genes or derived values.
+
+        `exact` adds names to the constraints (functions of the genome, such as a parameter count), `rule` a check of
+        the whole genome, `baselines` genomes (or parts of them; the rest is taken from the baseline) to be tried first.
+
+        Raises SpaceError with every problem that was found.
+        """
+        problems = Problems()
+        space = cls.read(genes, constraints, problems, exact=exact, rule=rule, baselines=baselines)
+        problems.raise_if_any()
+        assert space is not None
+        return space
+
+    @classmethod
+    def read(
+        cls,
+        genes: Mapping[str, Any],
+        constraints: Sequence[str],
+        problems: Problems,
+        *,
+        exact: Exact | None = None,
+        rule: Rule | None = None,
+        baselines: Sequence[Mapping[str, Any]] = (),
+    ) -> Self | None:
+        """Like `from_dict`, for a caller that has more to say: problems are noted, not raised; None when there are
+        any."""
+        before = len(problems.found)
+        nodes, template = _read_tree(genes, problems)
+        ordered = _in_order(nodes, template, problems)
+        conditions = _read_constraints(constraints, template, exact or {}, problems)
+        if len(problems.found) > before:
+            return None
+        space = cls(template=template, nodes=ordered, constraints=conditions, exact=exact, rule=rule)
+        space._try_baseline(problems)
+        if len(problems.found) == before:
+            space.baselines = tuple(space._read_baselines(baselines, problems))
+        return space if len(problems.found) == before else None
+
+    # --- genomes ------------------------------------------------------------------------------------------------------
+
+    def fill(self, choose: Choose) -> Genome:
+        """The genome in which every active gene has the value that `choose` gives for it."""
+        values: Values = json.loads(self._blank)
+        lookup = lookup_in(values)
+        for node in self.nodes:
+            if isinstance(node, Gene):
+                gene = node.sized(lookup)
+                active = gene.when is None or gene.when.test(lookup)
+                _put(values, gene.path, choose(gene) if active else gene.default)
+            else:
+                path, expression = node
+                _put(values, path, expression.evaluate(lookup))
+        return Genome.of(values)
+
+    @cached_property
+    def baseline(self) -> Genome:
+        """The genome of all baselines: the recipe that a search has to beat."""
+        return self.fill(lambda gene: gene.fit(gene.baseline, None))
+
+    def sample(self, rng: Rng) -> Genome:
+        """A random feasible genome. Raises SpaceError when `MAX_TRIES` draws find none."""
+        return self._feasible(lambda: self.fill(lambda gene: gene.sample(rng)))
+
+    def mutate(self, genome: Genome, rng: Rng) -> Genome:
+        """A feasible genome near the given one: one gene changed, each other with probability 1/n."""
+        parent = genome.values()
+
+        def propose() -> Genome:
+            hits = rng.random(len(self.genes)) < 1 / max(1, len(self.genes))
+            hits[int(rng.integers(len(self.genes)))] = True
+            changed = {gene.path for gene, hit in zip(self.genes, hits, strict=True) if hit}
+
+            def choose(gene: Gene) -> Any:
+                value = _inherited(gene, parent, rng)
+                return gene.mutate(value, rng) if gene.path in changed else value
+
+            return self.fill(choose)
+
+        return self._feasible(propose, other_than=genome)
+
+    def cross(self, one: Genome, other: Genome, rng: Rng) -> Genome:
+        """A feasible genome between two: half of the groups of genes come whole from one parent, the rest gene by
+        gene."""
+        first, second = one.values(), other.values()
+        groups = sorted({gene.group for gene in self.genes})
+
+        def propose() -> Genome:
+            source = {group: (first, second, None)[int(rng.choice(3, p=[0.25, 0.25, 0.5]))] for group in groups}
+
+            def choose(gene: Gene) -> Any:
+                whole = source[gene.group]
+                if whole is not None:
+                    return _inherited(gene, whole, rng)
+                return gene.cross(_inherited(gene, first, rng), _inherited(gene, second, rng), rng)
+
+            return self.fill(choose)
+
+        return self._feasible(propose)
+
+    def neighbours(self, genome: Genome) -> list[Genome]:
+        """The feasible genomes that differ from this one by one small step of one gene."""
+        values = genome.values()
+        found: dict[Genome, None] = {}
+        for moved in self.active(values):
+            for near in moved.neighbours(get(values, moved.path)):
+
+                def choose(gene: Gene, target: Path = moved.path, near: Any = near) -> Any:
+                    return near if gene.path == target else _inherited(gene, values, None)
+
+                candidate = self.fill(choose)
+                if candidate != genome and not self.violations(candidate):
+                    found[candidate] = None
+        return list(found)
+
+    def active(self, values: Values) -> list[Gene]:
+        """The genes that have a say in a genome, with the lengths that it gives them."""
+        lookup = lookup_in(values)
+        return [gene.sized(lookup) for gene in self.genes if gene.when is None or gene.when.test(lookup)]
+
+    def _feasible(self, propose: Callable[[], Genome], other_than: Genome | None = None) -> Genome:
+        broken: Counter[str] = Counter()
+        for _ in range(MAX_TRIES):
+            genome = propose()
+            if genome == other_than:
+                continue
+            reasons = self.violations(genome)
+            if not reasons:
+                return genome
+            broken.update(text for text, _ in reasons)
+        if not broken:
+            raise SpaceError(Problem(path=(), rule="the space holds a single genome"))
+        text, count = broken.most_common(1)[0]
+        rule = f"no feasible genome in {MAX_TRIES} draws; `{text}` rejected {count} of them"
+        raise SpaceError(Problem(path=("constraints",), rule=rule, help="widen the constraint or the genes it names"))
+
+    # --- feasibility --------------------------------------------------------------------------------------------------
+
+    def violations(self, genome: Genome) -> list[tuple[str, str]]:
+        """What a legal genome breaks: (constraint or rule, what was seen instead). Empty when it is feasible."""
+        values = genome.values()
+        if self.rule is not None and (words := self.rule(values)):
+            return [("the recipe's own rules", words)]
+        lookup = lookup_in(values, self.exact)
+        return [
+            (constraint.text, _seen(constraint.expression, lookup))
+            for constraint in self.constraints
+            if not constraint.expression.test(lookup)
+        ]
+
+    def validate(self, genome: Genome | Mapping[str, Any]) -> None:
+        """Check a complete genome: raises SpaceError with every illegal value and every constraint it breaks."""
+        problems = Problems()
+        values = genome.values() if isinstance(genome, Genome) else dict(genome)
+        frozen = self._assign(values, problems, complete=True)
+        problems.raise_if_any()
+        assert frozen is not None
+        for text, seen in self.violations(frozen):
+            problems.add(("constraints",), f"breaks `{text}`", help=seen)
+        problems.raise_if_any()
+
+    def complete(self, values: Mapping[str, Any], path: Path = ()) -> Genome:
+        """The genome that has the given values and the baseline's for the rest.
+
+        Raises SpaceError, with paths below `path`, for unknown places, illegal values and fixed values that differ.
+        """
+        problems = Problems()
+        genome = self._assign(values, problems, path=path)
+        problems.raise_if_any()
+        assert genome is not None
+        return genome
+
+    def _assign(
+        self, values: Mapping[str, Any], problems: Problems, *, complete: bool = False, path: Path = ()
+    ) -> Genome | None:
+        """Fill the space with given values and note everything about them that does not fit."""
+        before = len(problems.found)
+        given: dict[Path, Any] = {}
+
+        def choose(gene: Gene) -> Any:
+            try:
+                value = get(values, gene.path)
+            except KeyError:
+                if complete:
+                    problems.add((*path, *gene.path), "is missing")
+                return gene.fit(gene.baseline, None)
+            if words := gene.problem(value):
+                problems.add((*path, *gene.path), words, value=value)
+                return gene.fit(gene.baseline, None)
+            given[gene.path] = value
+            return value
+
+        genome = self.fill(choose)
+        filled = genome.values()
+        for place, value in leaves(values):
+            if any(place[: len(gene_path)] == gene_path for gene_path in given):
+                continue
+            try:
+                expected = get(filled, place)
+            except KeyError:
+                known = [dotted(known_place) for known_place, _ in leaves(filled)]
+                problems.unknown((*path, *place), dotted(place), known, "place in the space")
+                continue
+            if canonical_json(expected) != canonical_json(value) and not self._is_gene_at(place):
+                rule = f"is fixed at {canonical_json(expected)} in this space, got {canonical_json(value)}"
+                problems.add((*path, *place), rule, value=value)
+        return None if len(problems.found) > before else genome
+
+    def _is_gene_at(self, place: Path) -> bool:
+        return any(gene.path == place[: len(gene.path)] and gene.when is None for gene in self.genes)
+
+    def _try_baseline(self, problems: Problems) -> None:
+        """Note conditions, derived values and constraints that cannot be evaluated at all."""
+        try:
+            self.violations(self.baseline)
+        except ExpressionError as error:
+            problems.add((), f"`{error.text}` cannot be evaluated for the baseline: {error.message}")
+
+    def _read_baselines(self, baselines: Sequence[Mapping[str, Any]], problems: Problems) -> Iterable[Genome]:
+        for i, values in enumerate(baselines):
+            here = ("baselines", i)
+            if not isinstance(values, Mapping):
+                problems.add(here, f"must be a mapping, is {canonical_json(values)}", value=values)
+                continue
+            genome = self._assign(values, problems, path=here)
+            if genome is None:
+                continue
+            for text, seen in self.violations(genome):
+                problems.add(here, f"breaks `{text}`", help=seen)
+            yield genome
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """The length of an encoded genome."""
+        return sum(gene.width for gene in self.genes)
+
+    @property
+    def cardinality(self) -> float:
+        """How many genomes there are, constraints aside; infinite when a gene is continuous."""
+        return math.prod(gene.cardinality for gene in self.genes)
+
+    def encode(self, genome: Genome) -> NDArray[np.float64]:
+        """The genome as `width` numbers in [0, 1]; an inactive gene has the code of its baseline."""
+        values = genome.values()
+        lookup = lookup_in(values)
+        units: list[float] = []
+        for node in self.genes:
+            gene = node.sized(lookup)
+            value = get(values, gene.path)
+            legal = gene.problem(value) is None
+            units += gene.encode(value if legal else gene.fit(gene.baseline, None))
+        return np.array(units, dtype=np.float64)
+
+    def decode(self, units: Sequence[float] | NDArray[np.float64]) -> Genome:
+        """The genome nearest to an encoded point; it is legal, but may break a constraint."""
+        numbers = [float(unit) for unit in units]
+        if len(numbers) != self.width:
+            raise ValueError(f"an encoded genome of this space has {self.width} numbers, got {len(numbers)}")
+        slices: dict[Path, list[float]] = {}
+        start = 0
+        for gene in self.genes:
+            slices[gene.path] = numbers[start : start + gene.width]
+            start += gene.width
+        return self.fill(lambda gene: gene.decode(slices[gene.path]))
+
+    def distance(self, one: Genome, other: Genome) -> float:
+        """The mean distance of the genes, from 0 (equal) to 1; a gene active in only one of the two counts 1."""
+        first, second = one.values(), other.values()
+        mine = {gene.path: gene for gene in self.active(first)}
+        theirs = {gene.path for gene in self.active(second)}
+        total = 0.0
+        for gene in self.genes:
+            if gene.path in mine and gene.path in theirs:
+                total += mine[gene.path].distance(get(first, gene.path), get(second, gene.path))
+            elif gene.path in mine or gene.path in theirs:
+                total += 1.0
+        return total / max(1, len(self.genes))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The genes as JSON objects: path, kind, options, baseline, condition."""
+        described = []
+        for gene in self.genes:
+            entry = {"path": gene.name, "kind": gene.kind, **gene.describe(), "baseline": gene.baseline}
+            if gene.when is not None:
+                entry |= {"when": gene.when.text, "default": gene.default}
+            if gene.transfer is not None:
+                entry["transfer"] = gene.transfer
+            described.append(entry)
+        return described
+
+
+def lookup_in(values: Values, exact: Exact | None = None) -> Lookup:
+    """Names of expressions resolved in a genome: an exact cost by its name, anything else as a dotted path."""
+
+    def lookup(name: str) -> Any:
+        if exact is not None and name in exact:
+            return exact[name](values)
+        return get(values, tuple(name.split(".")))
+
+    return lookup
+
+
+def _put(values: Values, path: Path, value: Any) -> None:
+    *way, last = path
+    get(values, tuple(way))[last] = value
+
+
+def _inherited(gene: Gene, parent: Values, rng: Rng | None) -> Any:
+    """The parent's value, fitted to this genome; where the gene slept in the parent, a fresh one."""
+    value = get(parent, gene.path)
+    if isinstance(gene, ListGene) and isinstance(value, list):
+        value = gene.fit(value, rng)
+    if gene.problem(value) is None:
+        return value
+    return gene.sample(rng) if rng is not None else gene.fit(gene.baseline, None)
+
+
+def _seen(expression: Expression, lookup: Lookup) -> str:
+    """The values behind a broken constraint: `params = 41.2M`."""
+    parts = []
+    for name in sorted(expression.names):
+        value = lookup(name)
+        large = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) >= 1e4
+        parts.append(f"{name} = {format_count(value) if large else canonical_json(value)}")
+    return ", ".join(parts)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_tree(tree: Mapping[str, Any], problems: Problems) -> tuple[dict[Path, Gene | Expression], dict[str, Any]]:
+    """Split a nested mapping into its genes and derived values, by path, and the template that they leave."""
+    nodes: dict[Path, Gene | Expression] = {}
+
+    def walk(node: Any, path: Path) -> Any:
+        if is_gene(node):
+            if (gene := read_gene(node, path, problems)) is not None:
+                nodes[path] = gene
+            return None
+        if is_derived(node):
+            if (expression := read_derived(node, path, problems)) is not None:
+                nodes[path] = expression
+            return None
+        if isinstance(node, Mapping):
+            return {str(key): walk(value, (*path, str(key))) for key, value in node.items()}
+        if isinstance(node, list):
+            for i, item in enumerate(node):
+                if is_gene(item) or is_derived(item):
+                    problems.add((*path, i), "a gene cannot stand inside a list", help="use {list: GENE, length: N}")
+            return node
+        if node is None or isinstance(node, str | bool | int) or (isinstance(node, float) and math.isfinite(node)):
+            return node
+        problems.add(path, f"must be a finite JSON value, is {node!r}")
+        return None
+
+    template = walk(tree, ())
+    if not isinstance(template, dict):
+        problems.add((), "a space is a mapping of names to values and genes")
+        template = {}
+    genes = {path: node for path, node in nodes.items() if isinstance(node, Gene)}
+    for path, gene in genes.items():
+        if isinstance(gene, ListGene) and isinstance(gene.length, Expression):
+            fixed = _fixed(template, gene.length.text)
+            nodes[path] = replace(gene, longest=longest_of(gene, genes, fixed, problems))
+    return nodes, template
+
+
+def _fixed(template: Mapping[str, Any], name: str) -> Any:
+    try:
+        return get(template, tuple(name.split(".")))
+    except KeyError:
+        return None
+
+
+def _in_order(
+    nodes: Mapping[Path, Gene | Expression], template: Mapping[str, Any], problems: Problems
+) -> list[Gene | tuple[Path, Expression]]:
+    """Genes and derived values such that each comes after those it names; circles and unknown names are noted."""
+    needs: dict[Path, set[Path]] = {}
+    for path, node in nodes.items():
+        names = dependencies(node) if isinstance(node, Gene) else set(node.names)
+        needs[path] = set()
+        for name in sorted(names):
+            found = _named_nodes(name, nodes)
+            needs[path] |= found
+            if not found and not _exists(template, name):
+                _unknown_name(name, path, nodes, template, (), problems)
+    ordered: list[Gene | tuple[Path, Expression]] = []
+    done: set[Path] = set()
+    waiting = list(nodes)
+    while waiting:
+        ready = [path for path in waiting if needs[path] <= done]
+        if not ready:
+            circle = ", ".join(dotted(path) for path in waiting)
+            problems.add(waiting[0], f"depends on itself: each of {circle} waits for another of them")
+            break
+        path = ready[0]
+        node = nodes[path]
+        ordered.append(node if isinstance(node, Gene) else (path, node))
+        done.add(path)
+        waiting.remove(path)
+    return ordered
+
+
+def _named_nodes(name: str, nodes: Mapping[Path, Gene | Expression]) -> set[Path]:
+    """The nodes that a name reads: the one at its path, one above it (a part of a simplex), or all below it."""
+    wanted = tuple(name.split("."))
+    return {path for path in nodes if path[: len(wanted)] == wanted or wanted[: len(path)] == path}
+
+
+def _exists(template: Mapping[str, Any], name: str) -> bool:
+    try:
+        get(template, tuple(name.split(".")))
+    except KeyError:
+        return False
+    return True
+
+
+def _unknown_name(
+    name: str,
+    path: Path,
+    nodes: Mapping[Path, Gene | Expression],
+    template: Mapping[str, Any],
+    extra: Iterable[str],
+    problems: Problems,
+) -> None:
+    known = {dotted(place) for place in nodes} | {dotted(place) for place, _ in leaves(template)} | set(extra)
+    problems.unknown(path, name, known, "name")
+
+
+def _read_constraints(
+    texts: Sequence[str], template: Mapping[str, Any], exact: Exact, problems: Problems
+) -> list[Constraint]:
+    constraints = []
+    for i, text in enumerate(texts):
+        here = ("constraints", i)
+        expression = read_expression(text, here, problems)
+        if expression is None:
+            continue
+        for name in sorted(expression.names):
+            if name not in exact and not _exists(template, name.split("[")[0]) and not _part_exists(template, name):
+                known = {dotted(place) for place, _ in leaves(template)} | set(exact)
+                problems.unknown(here, name, known, "name")
+        constraints.append(Constraint(expression))
+    return constraints
+
+
+def _part_exists(template: Mapping[str, Any], name: str) -> bool:
+    """Whether a name reads inside a gene: the template has None where a gene stands."""
+    parts = name.split(".")
+    return any(
+        _exists(template, ".".join(parts[:n])) and get(template, tuple(parts[:n])) is None for n in range(1, len(parts))
+    )

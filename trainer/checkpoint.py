@@ -1,0 +1,135 @@
+"""Checkpoints: safetensors and JSON, whole or absent, and refused when they are not what they claim.
+
+A checkpoint is a folder with `model.safetensors`, `optimizer.safetensors` and `checkpoint.json`, which carries the
+state of the run and the SHA-256 of the other two. It is written under a temporary name and appears by a rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from trainer.errors import CheckpointError
+
+MANIFEST = "checkpoint.json"
+
+
+class RunState(BaseModel):
+    """Where a run stands. Position, seed and recipe determine all randomness that follows, so none is stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: int = 1
+    samples: int
+    recipe: str  # digest of the recipe that was trained
+    tokenizer: str  # SHA-256 of its tokenizer
+    corpus: str  # digest of its documents
+    seed: int
+    horizon: int | None  # samples of the run whose decay has begun; None on the trunk, which leads to any horizon
+    seconds: float
+    flops: float
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+    """Write a checkpoint; one that is already there under this name is replaced once the new one is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        tensors = {"model.safetensors": _weights(model), "optimizer.safetensors": _moments(model, optimizer)}
+        for name, content in tensors.items():
+            save_file(content, temporary / name)
+        manifest = {"state": state.model_dump(), "files": {name: _sha256(temporary / name) for name in tensors}}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for name in (*tensors, MANIFEST):
+            _sync(temporary / name)
+        old = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_state(folder: Path) -> RunState:
+    """The state in a checkpoint, its files verified. Raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        state = RunState.model_validate(manifest["state"])
+        for name, digest in manifest["files"].items():
+            if Path(name).name != name or _sha256(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: content differs from its checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({error})") from None
+    return state
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+    """Fill model and optimiser from a verified checkpoint. Raises CheckpointError."""
+    state = read_state(folder)
+    parameters = dict(model.named_parameters())
+    try:
+        weights = load_file(folder / "model.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        for name, parameter in parameters.items():
+            keys = ("exp_avg", "exp_avg_sq", "step")
+            optimizer.state[parameter] = {
+                key: moments[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu") for key in keys
+            }
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
+    _place_steps(optimizer)
+    return state
+
+
+def _place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Fused optimisers keep their step counter on the device of the parameter."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group.get("fused"):
+                optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()}
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.detach().contiguous().cpu()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint that is no longer needed; one that is not there is fine."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,116 @@
+"""Exact costs of a recipe, known before anything is trained: plain arithmetic, no torch.
+
+The tests hold every formula against the built model: parameters against its tensors, FLOPs against torch's
+FlopCounterMode, activation memory against the tensors that autograd saves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from search_spaces.genome import canonical_json
+from trainer.recipe import Layer, Recipe
+
+MICRO_BATCH_TOKENS = 4096
+"""Tokens per forward pass when the recipe does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a recipe costs. FLOPs count a multiply and an add as two; bytes are bytes."""
+
+    params: int
+    active_params: int
+    embedding_params: int
+    flops_per_token: float
+    forward_flops_per_token: float
+    train_memory: float
+    kv_bytes_per_token: int
+    checkpoint_bytes: int
+
+
+NAMES = tuple(Costs.__dataclass_fields__)
+
+
+def costs(recipe: Recipe) -> Costs:
+    """All costs of one recipe."""
+    model, data = recipe.model, recipe.data
+    layers = model.layers()
+    vocabulary = data.tokenizer.vocab_size
+    embedding = vocabulary * model.d_model
+    head = 0 if model.tie_embeddings else embedding
+    matrices = [_attention_matrices(layer, model.d_model) + _ffn_matrices(layer, model.d_model) for layer in layers]
+    norms = [2 * model.d_model + (2 * layer.head_dim if model.qk_norm else 0) for layer in layers]
+    params = embedding + head + sum(matrices) + sum(norms) + model.d_model
+    # A matrix costs one multiply-add per weight and token. Attention scores and their use cost two more per head
+    # dimension and attended position; the whole sequence is counted, as is usual (PaLM, arXiv 2204.02311, appendix B).
+    attention = sum(2 * 2 * layer.n_heads * layer.head_dim * data.sequence_length for layer in layers)
+    forward = 2 * (sum(matrices) + embedding) + attention
+    return Costs(
+        params=params,
+        active_params=params,
+        embedding_params=embedding + head,
+        flops_per_token=3 * forward,  # the backward pass does each product twice: for the input and for the weight
+        forward_flops_per_token=forward,
+        train_memory=_train_memory(recipe, params),
+        kv_bytes_per_token=sum(2 * layer.n_kv_heads * layer.head_dim for layer in layers) * 2,  # keys and values, bf16
+        checkpoint_bytes=3 * 4 * params,  # weights and AdamW's two moments, fp32
+    )
+
+
+def _attention_matrices(layer: Layer, d_model: int) -> int:
+    return d_model * layer.head_dim * (2 * layer.n_heads + 2 * layer.n_kv_heads)
+
+
+def _ffn_matrices(layer: Layer, d_model: int) -> int:
+    return (3 if layer.ffn == "swiglu" else 2) * d_model * layer.ffn_dim
+
+
+def _train_memory(recipe: Recipe, params: int) -> float:
+    """Bytes of one training step: weights, gradients and AdamW's moments in fp32, and the activations of a
+    micro-batch."""
+    size = 2 if recipe.train.precision == "bf16" else 4
+    copies = 2 * params if recipe.train.precision == "bf16" else 0  # matrices are cast once per step
+    return 16 * params + copies + micro_batch_tokens(recipe) * activation_bytes_per_token(recipe, size)
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Tokens of one forward pass: whole sequences, at least one."""
+    train, length = recipe.train, recipe.data.sequence_length
+    wanted = min(train.micro_batch_tokens or MICRO_BATCH_TOKENS, train.batch_tokens)
+    return max(1, wanted // length) * length
+
+
+def activation_bytes_per_token(recipe: Recipe, size: int) -> float:
+    """Bytes that autograd keeps per token between forward and backward, with activations of `size` bytes.
+
+    Block by block, what each operation saves; see the test that sums the tensors actually saved.
+    """
+    model = recipe.model
+    total = 0.0
+    for layer in model.layers():
+        query, key = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
+        norms = 2 * (2 * model.d_model)  # input and normalised output of each RMSNorm
+        attention = (4 if model.qk_norm else 3) * query + (3 if model.qk_norm else 2) * key + key + query
+        ffn = {"swiglu": 4, "gelu": 2, "relu2": 3}[layer.ffn] * layer.ffn_dim
+        total += (norms + attention + ffn) * size
+    logits = recipe.data.tokenizer.vocab_size * 4 * 2  # logits and their log-softmax, in fp32
+    return total + 2 * model.d_model * size + logits
+
+
+@lru_cache(maxsize=4096)
+def _costs_of(text: str) -> Mapping[str, float]:
+    return asdict(costs(Recipe.model_validate(json.loads(text))))
+
+
+def exact_functions() -> dict[str, Callable[[dict[str, Any]], float]]:
+    """The costs as functions of a genome, by name, for constraints and objectives."""
+
+    def function(name: str) -> Callable[[dict[str, Any]], float]:
+        return lambda values: _costs_of(canonical_json(values))[name]
+
+    return {name: function(name) for name in NAMES}

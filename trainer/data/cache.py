@@ -1,0 +1,63 @@
+"""The cache of corpora: folders named by the digest of what is in them, written once, shared by all processes.
+
+A folder is built under a temporary name and appears under its own name by one rename, so whoever sees it sees it whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from search_spaces.genome import canonical_json
+
+FORMAT = 1
+"""Goes into every key: a change of what is stored makes a new cache entry instead of misreading an old one."""
+
+
+def digest_of(*parts: Any) -> str:
+    """128-bit digest of JSON values, in hexadecimal."""
+    return hashlib.blake2b(canonical_json([FORMAT, *parts]).encode(), digest_size=16).hexdigest()
+
+
+def default_cache() -> Path:
+    """The user's cache folder for evolm."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("evolm", appauthor=False))
+
+
+def cached_folder(cache: Path, kind: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder `cache/kind/key`, built by `build(temporary folder)` when it is not there yet.
+
+    Processes that want the same folder wait for the one that builds it. A build that fails leaves nothing behind.
+    """
+    folder = cache / kind / key
+    if folder.is_dir():
+        return folder
+    with _locked(cache / "locks" / f"{kind}-{key}"):
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir()
+        try:
+            build(temporary)
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # released by the kernel when the file closes, also at a crash
+        yield

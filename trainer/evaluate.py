@@ -1,0 +1,36 @@
+"""A trained model as something that can be scored: what the fitness room asks of any language model."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from trainer.loop import autocast
+from trainer.model import EvolmForCausalLM
+from trainer.recipe import Recipe
+
+TOKENS_PER_BATCH = 8192
+
+
+class TokenScorer:
+    """Gives the loss of every token of given windows, in the precision of the recipe."""
+
+    def __init__(self, model: EvolmForCausalLM, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.device = model.lm_head.weight.device
+
+    @torch.inference_mode()
+    def token_nats(self, windows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Negative log-likelihood in nats of tokens 1..T given those before, shape (N, T+1) -> (N, T)."""
+        self.model.eval()
+        rows = max(1, TOKENS_PER_BATCH // (windows.shape[1] - 1))
+        pieces = []
+        for start in range(0, len(windows), rows):
+            batch = torch.from_numpy(windows[start : start + rows]).to(self.device)
+            with autocast(self.recipe, self.device):
+                logits = self.model(batch[:, :-1]).logits
+            nats = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+            pieces.append(nats.view(len(batch), -1).cpu().numpy())
+        return np.concatenate(pieces)

@@ -1,0 +1,291 @@
+"""The training loop: one recipe, one corpus, one horizon, one record.
+
+`train` is a plain function. It calls `report` after every optimiser step and stops, with a checkpoint, when that says
+so. What it does depends on recipe, corpus, seed and horizon alone: a run that was stopped and continued is the same
+run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from search_spaces.genome import canonical_json
+from trainer.checkpoint import RunState, load_checkpoint, save_checkpoint
+from trainer.cost import costs, micro_batch_tokens
+from trainer.data.cache import digest_of
+from trainer.data.corpus import Corpus
+from trainer.data.loader import Loader
+from trainer.errors import CheckpointError, DataError, Diverged
+from trainer.gates import check_causality, check_floor
+from trainer.model import EvolmForCausalLM, build_model
+from trainer.optim import build_optimizer, set_learning_rate
+from trainer.recipe import Recipe
+from trainer.schedule import Horizon, horizon_of, learning_rate
+
+CHECK_EVERY = 10
+"""On a GPU, steps between looks at the loss: each look waits for the device."""
+
+PATIENCE = 20
+"""Steps over which the mean loss must not be worse than guessing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run is: tokens so far and in all, and what the last step looked like. Losses are nats per token."""
+
+    tokens: int
+    total_tokens: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+
+
+Report = Callable[[Progress], bool]
+"""Called after each step; False stops the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a run did. `flops` and `seconds` are of this call alone; the rest counts from the first token."""
+
+    model: EvolmForCausalLM
+    finished: bool
+    tokens: int
+    train_loss: float
+    flops: float
+    seconds: float
+    tokens_by_source: dict[str, int]
+    epochs_by_source: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where a run keeps its checkpoints, and when.
+
+    `latest` is written every `seconds` and when the run is stopped; `trunk` where the decay begins, for longer
+    horizons.
+    """
+
+    latest: Path | None = None
+    trunk: Path | None = None
+    seconds: float = math.inf
+
+
+def train(
+    recipe: Recipe,
+    report: Report = lambda progress: True,
+    *,
+    corpus: Corpus,
+    tokens: int,
+    seed: int | None = None,
+    start: Path | None = None,
+    checkpoints: Checkpoints | None = None,
+    device: str = "cpu",
+) -> Record:
+    """Train a recipe's model on `tokens` tokens of its corpus, from its initial weights or from the checkpoint `start`.
+
+    Raises Diverged and Leak when going on would be wasted, CheckpointError when `start` is not of this run, DataError
+    when the corpus is not the recipe's.
+    """
+    seed = recipe.train.seed if seed is None else seed
+    if corpus.tokenizer.vocab_size != recipe.data.tokenizer.vocab_size:
+        raise DataError(
+            f"the corpus has a vocabulary of {corpus.tokenizer.vocab_size} entries, "
+            f"the recipe one of {recipe.data.tokenizer.vocab_size}"
+        )
+    run = _Run(recipe, corpus, horizon_of(recipe, tokens), seed, checkpoints or Checkpoints(), torch.device(device))
+    if start is not None:
+        run.load(start)
+    check_causality(run.model)
+    finished = run.advance(report)
+    if finished:
+        check_causality(run.model)
+        check_floor(run.model)
+    return run.record(finished)
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpus: Corpus,
+        horizon: Horizon,
+        seed: int,
+        checkpoints: Checkpoints,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.corpus, self.horizon, self.seed = recipe, corpus, horizon, seed
+        self.checkpoints, self.device = checkpoints, device
+        self.loader: Loader = corpus.loader(seed)
+        self.model = build_model(recipe, seed, device)
+        self.optimizer = build_optimizer(self.model, recipe.train)
+        self.costs = costs(recipe)
+        self.samples = self.first_sample = 0
+        self.flops_before = self.seconds_before = 0.0
+        self.losses: deque[float] = deque(maxlen=PATIENCE)
+        self.started = self.saved = time.perf_counter()
+        self.trained_seconds = 0.0
+
+    # --- position -----------------------------------------------------------------------------------------------------
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of this call."""
+        return (self.samples - self.first_sample) * self.horizon.sequence_length * self.costs.flops_per_token
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this call."""
+        return time.perf_counter() - self.started
+
+    def state(self) -> RunState:
+        """What a checkpoint says of this run."""
+        return RunState(
+            samples=self.samples,
+            recipe=recipe_digest(self.recipe),
+            tokenizer=self.corpus.tokenizer.digest,
+            corpus=self.corpus.digest,
+            seed=self.seed,
+            horizon=self.horizon.samples if self.samples > self.horizon.trunk else None,
+            seconds=self.seconds_before + self.seconds,
+            flops=self.flops_before + self.flops,
+        )
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint of the same recipe, seed and corpus."""
+        state = load_checkpoint(folder, self.model, self.optimizer)
+        mine = self.state()
+        for field in ("recipe", "tokenizer", "corpus", "seed"):
+            theirs, ours = getattr(state, field), getattr(mine, field)
+            if theirs != ours:
+                raise CheckpointError(f"{folder}: is of another {field} ({theirs}, this run's is {ours})")
+        if state.horizon is not None and state.horizon != self.horizon.samples:
+            raise CheckpointError(
+                f"{folder}: has begun to decay towards {state.horizon} sequences and cannot go on to "
+                f"{self.horizon.samples}"
+            )
+        if state.samples > self.horizon.samples:
+            raise CheckpointError(f"{folder}: is already beyond {self.horizon.samples} sequences")
+        self.samples = self.first_sample = state.samples
+        self.flops_before, self.seconds_before = state.flops, state.seconds
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def advance(self, report: Report) -> bool:
+        """Train to the horizon; False when `report` stopped the run, which is then checkpointed."""
+        if self.samples == self.horizon.trunk:
+            self.save(self.checkpoints.trunk)
+        while self.samples < self.horizon.samples:
+            keep_going = report(self.step())
+            if self.samples == self.horizon.trunk:
+                self.save(self.checkpoints.trunk)
+            if not keep_going and self.samples < self.horizon.samples:
+                self.save(self.checkpoints.latest)
+                return False
+            if time.perf_counter() - self.saved > self.checkpoints.seconds:
+                self.save(self.checkpoints.latest)
+        return True
+
+    def save(self, folder: Path | None) -> None:
+        """Write a checkpoint where one is wanted; before the first step there is nothing to keep."""
+        if folder is not None and self.samples > 0:
+            save_checkpoint(folder, self.model, self.optimizer, self.state())
+            self.saved = time.perf_counter()
+
+    def step(self) -> Progress:
+        """One optimiser step over the next batch, the last of a run possibly smaller."""
+        begun = time.perf_counter()
+        self.model.train()
+        count = min(self.horizon.batch, self.horizon.samples - self.samples)
+        if self.samples < self.horizon.trunk:  # a batch never crosses the end of the trunk
+            count = min(count, self.horizon.trunk - self.samples)
+        rate = learning_rate(self.recipe, self.horizon, self.samples)
+        set_learning_rate(self.optimizer, rate)
+        loss = self.backward(count)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        step = self.samples // self.horizon.batch
+        self.samples += count
+        if self.device.type == "cpu" or step % CHECK_EVERY == 0 or self.samples >= self.horizon.samples:
+            self.refuse_divergence(loss.item(), norm.item())
+        tokens = count * self.horizon.sequence_length
+        return Progress(
+            tokens=self.samples * self.horizon.sequence_length,
+            total_tokens=self.horizon.tokens,
+            loss=self.losses[-1],
+            learning_rate=rate,
+            gradient_norm=float(norm),
+            tokens_per_second=tokens / (time.perf_counter() - begun),
+        )
+
+    def backward(self, count: int) -> torch.Tensor:
+        """Accumulate the gradient of the mean loss over `count` samples; returns that loss, nats per token.
+
+        Every micro-batch is divided by the tokens of the whole batch, so its size changes nothing but memory.
+        """
+        length = self.horizon.sequence_length
+        micro = micro_batch_tokens(self.recipe) // length
+        total = torch.zeros((), device=self.device)
+        for start in range(0, count, micro):
+            batch = torch.from_numpy(self.loader.batch(self.samples + start, min(micro, count - start)))
+            batch = batch.to(self.device, non_blocking=True)
+            with autocast(self.recipe, self.device):
+                logits = self.model(batch[:, :-1]).logits
+            nats = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+            loss = nats / (count * length)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def refuse_divergence(self, loss: float, norm: float) -> None:
+        """Raise Diverged when loss or gradient is not finite, or the mean loss has become worse than guessing."""
+        step = -(-self.samples // self.horizon.batch)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
+        self.losses.append(loss)
+        guessing = math.log(self.recipe.data.tokenizer.vocab_size)
+        mean = sum(self.losses) / len(self.losses)
+        if len(self.losses) == PATIENCE and mean > guessing + 0.5:
+            raise Diverged(
+                f"step {step}: mean loss {mean:.2f} of {PATIENCE} steps is worse than guessing, {guessing:.2f}"
+            )
+
+    def record(self, finished: bool) -> Record:
+        """What this call did."""
+        return Record(
+            model=self.model,
+            finished=finished,
+            tokens=self.samples * self.horizon.sequence_length,
+            train_loss=sum(self.losses) / len(self.losses) if self.losses else math.nan,
+            flops=self.flops,
+            seconds=self.seconds,
+            tokens_by_source=self.loader.drawn(self.samples),
+            epochs_by_source=self.loader.epochs(self.samples),
+        )
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Identifies what is trained: the recipe without its length and seed, which a run is given beside it."""
+    values = recipe.model_dump(mode="json")
+    values["train"] = {key: value for key, value in values["train"].items() if key not in ("tokens", "seed")}
+    return digest_of("recipe", canonical_json(values))
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in the recipe's precision; weights, optimiser and loss stay fp32."""
+    if recipe.train.precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,132 @@
+"""Checking mappings against the recipe's schema, and saying what is wrong in the words of the space language."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from search_spaces.errors import Path, nearest
+from search_spaces.genome import canonical_json
+from trainer.recipe import Recipe
+
+Finding = tuple[str, str | None]
+"""A rule that is broken, and advice."""
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+_COMPARISONS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
+}
+
+
+def rule(values: Mapping[str, Any]) -> str | None:
+    """Why a genome is no complete, coherent recipe, in words, or None: the rule of every space of recipes."""
+    try:
+        Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        words = _words(first)[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {words}" if first["loc"] else words
+    return None
+
+
+def check(values: Mapping[str, Any]) -> list[tuple[Path, str, str | None]]:
+    """Every field that is unknown, missing, or of the wrong type or range: (path, rule, advice).
+
+    Fields that are legal one by one but not together are left to `rule`.
+    """
+    found: dict[Path, Finding] = {}
+    for section, field in Recipe.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        if section not in values:
+            if field.is_required():
+                found[(section,)] = ("is missing", None)
+            continue
+        try:
+            model.model_validate(values[section])
+        except ValidationError as error:
+            for entry in error.errors():
+                path = _path_of(entry["loc"], values[section])
+                finding = _unknown(path, model) if entry["type"] == "extra_forbidden" else _words(entry)
+                place = (section, *path)
+                found[place] = _either(found[place], finding) if place in found else finding
+    return [(path, words, advice) for path, (words, advice) in found.items()]
+
+
+def _path_of(location: Iterable[Any], values: Any) -> Path:
+    """The part of a pydantic location that exists in the input: unions add the names of their alternatives to it."""
+    path: list[str | int] = []
+    for part in location:
+        present = isinstance(values, Mapping) and part in values
+        present |= isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if present:
+            values = values[part]
+            path.append(part)
+        elif isinstance(values, Mapping) and isinstance(part, str):
+            path.append(part)  # a field that is missing
+    return tuple(path)
+
+
+def _unknown(path: Path, model: type[BaseModel]) -> Finding:
+    known = sorted(_fields(model, path[:-1]))
+    close = nearest(str(path[-1]), known)
+    advice = f"did you mean '{close}'?" if close else f"known here: {', '.join(known)}"
+    return f"unknown key '{path[-1]}'", advice
+
+
+def _fields(annotation: Any, path: Path) -> list[str]:
+    """The names of the fields at a path of the schema."""
+    for part in path:
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            annotation = annotation.model_fields[part].annotation
+    return list(annotation.model_fields)
+
+
+def _words(entry: Any) -> Finding:
+    """A pydantic error in the words of the space language."""
+    kind, context = entry["type"], entry.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"]), None
+    if kind == "missing":
+        return "is missing", None
+    seen = canonical_json(entry["input"])
+    seen = seen if len(seen) <= 60 else seen[:57] + "..."
+    if kind in _KINDS:
+        return f"must be {_KINDS[kind]}, is {seen}", None
+    if kind in _COMPARISONS:
+        sign, limit = _COMPARISONS[kind]
+        return f"must be {sign} {context[limit]:g}, is {seen}", None
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        close = nearest(str(entry["input"]), choices)
+        return f"must be one of {', '.join(choices)}, is {seen}", f"did you mean '{close}'?" if close else None
+    message: str = entry["msg"]
+    return f"{message[0].lower()}{message[1:]}, is {seen}", None
+
+
+def _either(one: Finding, other: Finding) -> Finding:
+    """One finding for a field with alternatives: pydantic reports a line for each."""
+    start, middle = "must be ", ", is "
+    if not (one[0].startswith(start) and other[0].startswith(start) and middle in one[0]):
+        return one
+    wanted, seen = one[0].removeprefix(start).split(middle, 1)
+    alternative = other[0].removeprefix(start).split(middle, 1)[0]
+    return one if alternative in wanted else (f"{start}{wanted} or {alternative}{middle}{seen}", one[1])
