@@ -9,7 +9,8 @@ EvolmError                      1   root; the number is the exit code of the com
 ├── RunBusy                     4   another controller works in the run folder
 ├── StorageError                5   the run folder: full, read-only, vanished, torn
 ├── CheckpointError             5   a checkpoint: missing, torn, or of another run
-├── GateError                   6   a gate said no: parity, worse than the baseline
+├── GateError                   6   a gate said no: worse than the baseline
+├── ParityError                 6   an exported model that is not the trained one
 ├── BadMetrics                  1   a trial told something that is no finite number
 ├── SpaceExhausted              1   every genome of the space has been proposed
 ├── ExecutorError               1   workers that cannot be had
@@ -21,7 +22,7 @@ EvolmError                      1   root; the number is the exit code of the com
 from fitness.errors import BadMetrics, RunBusy, StorageError
 from search_spaces.errors import EvolmError, Problem, SpaceError, UsageError
 from search_spaces.expressions import ExpressionError
-from trainer.errors import CheckpointError, DataError, Diverged, Leak, Refused
+from trainer.errors import CheckpointError, DataError, Diverged, Leak, ParityError, Refused
 
 
 class NothingFeasible(EvolmError):
@@ -55,6 +56,7 @@ __all__ = [
     "GateError",
     "Leak",
     "NothingFeasible",
+    "ParityError",
     "Problem",
     "Refused",
     "RunBusy",

@@ -31,3 +31,9 @@ class Leak(Refused):
     """The model sees the token it has to predict: its loss would mean nothing."""
 
     reason = "leak"
+
+
+class ParityError(EvolmError):
+    """An exported model that does not compute what the trained one does."""
+
+    exit_code = 6

@@ -73,11 +73,12 @@ class Checkpoints:
     """Where a run keeps its checkpoints, and when.
 
     `latest` is written every `seconds` and when the run is stopped; `trunk` where the decay begins, for longer
-    horizons.
+    horizons; `final` at the end.
     """
 
     latest: Path | None = None
     trunk: Path | None = None
+    final: Path | None = None
     seconds: float = math.inf
 
 
@@ -111,6 +112,7 @@ def train(
     if finished:
         check_causality(run.model)
         check_floor(run.model)
+        run.save(run.checkpoints.final)
     return run.record(finished)
 
 

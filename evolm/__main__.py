@@ -1,0 +1,5 @@
+"""`python -m evolm`: the command line."""
+
+from evolm.cli import main
+
+main()

@@ -1,0 +1,210 @@
+"""Promotion: the winner's recipe trained for real, beside the baseline at the same budget, judged on text that no
+search saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evolm.errors import DataError, EvolmError, GateError
+from evolm.run import Run
+from evolm.run_folder import RunFolder
+from evolm.training import export_stage
+from fitness.trial import Trial
+from search_spaces.genome import Values
+from search_spaces.quantities import format_count
+from trainer.data.corpus import Corpus
+from trainer.recipe import Recipe
+
+LONGER = 4
+"""Without --tokens, a promoted recipe is trained on so many times the tokens of the last rung."""
+
+LABELS = {"pretrain": "winner", "baseline": "baseline"}
+"""What the folders of a promotion hold."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """A finished promotion. `winner` and `baseline` are the records of their training; the latter is None when the
+    winner is the baseline. `export` is the receipt of the exported folder."""
+
+    trial: int
+    folder: Path
+    winner: dict[str, Any]
+    baseline: dict[str, Any] | None
+    export: dict[str, Any] | None
+
+    @property
+    def better(self) -> bool:
+        """Whether the winner is ahead of the baseline on the test split."""
+        return self.baseline is None or _judged(self.winner) < _judged(self.baseline)
+
+
+def _judged(record: dict[str, Any]) -> float:
+    return float(record["test"]["bits_per_byte"])
+
+
+def promote(
+    run: Run,
+    trial: Trial,
+    *,
+    tokens: int | None = None,
+    cache: Path | None = None,
+    force: bool = False,
+    say: Say = lambda text: None,
+) -> Promotion:
+    """Train a trial's recipe and the baseline's from scratch, compare them on test text, export the winner.
+
+    Goes on where an earlier promotion of this trial stopped. Raises GateError, after everything is written but without
+    an export, when the baseline is no worse (`force` exports all the same); DataError when the corpus is no longer the
+    run's.
+    """
+    length = tokens or LONGER * run.settings.fidelity.rungs[-1]
+    folder = run.folder.promoted(trial.id)
+    recipes = {"pretrain": trial.genome}
+    if trial.frozen != run.file.space.baseline:
+        recipes["baseline"] = run.file.space.baseline.values()
+    where = Path(cache or run.ledger.meta["cache"])
+    corpus = _same_corpus(run, trial, where)
+    with RunFolder(folder).locked():
+        say(f"training on {format_count(length)} tokens each: {' and '.join(LABELS[name] for name in recipes)}")
+        records = _train_all(run, recipes, folder, length, where, say)
+        baseline = records.get("baseline")
+        promotion = Promotion(trial=trial.id, folder=folder, winner=records["pretrain"], baseline=baseline, export=None)
+        if promotion.better or force:
+            receipt = _export(run, trial, folder, corpus, records["pretrain"])
+            promotion = Promotion(**{**promotion.__dict__, "export": receipt})
+        _write(promotion, run, length)
+    if not promotion.better and not force:
+        assert baseline is not None
+        raise GateError(
+            f"trial {trial.id} is not better than the baseline on the test split: {_judged(promotion.winner):.4f} "
+            f"against {_judged(baseline):.4f} bits per byte; nothing was exported (--force exports it all the same)"
+        )
+    return promotion
+
+
+def _same_corpus(run: Run, trial: Trial, cache: Path) -> Corpus:
+    """The trial's corpus, refused when the text has changed since the search: the comparison would mean nothing."""
+    recipe = Recipe.model_validate(trial.genome)
+    corpus = Corpus.open(recipe.data, cache, [Path(root) for root in run.ledger.meta["roots"]])
+    pinned = run.ledger.meta["corpus"]["sources"]
+    for name, documents in corpus.documents.items():
+        if documents.digest != pinned[name]["digest"]:
+            raise DataError(f"source '{name}' is not what it was when the run began; restore it, or search anew")
+    return corpus
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _train_all(
+    run: Run, recipes: dict[str, Values], folder: Path, tokens: int, cache: Path, say: Say
+) -> dict[str, dict[str, Any]]:
+    """Train every recipe in a process of its own: side by side on CPUs, one after the other on a GPU."""
+    device = "cuda" if run.settings.gpus > 0 else "cpu"
+    together = device == "cpu" and (os.cpu_count() or 1) >= len(recipes)
+    threads = max(1, (os.cpu_count() or 1) // len(recipes)) if together else os.cpu_count() or 1
+    batches = [list(recipes)] if together else [[name] for name in recipes]
+    for batch in batches:
+        processes = {}
+        for name in batch:
+            stage = folder / name
+            stage.mkdir(parents=True, exist_ok=True)
+            recipe = {"version": 1, "name": LABELS[name], **recipes[name]}
+            (stage / "recipe.yaml").write_text(json.dumps(recipe, indent=1))  # JSON is YAML
+            processes[name] = _launch(run, stage, tokens, device, threads, cache)
+        _wait(processes, folder, say)
+    return {name: json.loads((folder / name / "record.json").read_text()) for name in recipes}
+
+
+def _launch(run: Run, stage: Path, tokens: int, device: str, threads: int, cache: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "evolm", "train", str(stage / "recipe.yaml"), "--out", str(stage)]
+    command += ["--tokens", str(tokens), "--seed", str(run.settings.seed), "--device", device]
+    command += ["--threads", str(threads), "--cache", str(cache), "--test", "--no-export"]
+    command += [word for root in run.ledger.meta["roots"] for word in ("--root", root)]
+    if run.settings.target:
+        command += ["--target", json.dumps(run.settings.target)]
+    with (stage / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def _wait(processes: dict[str, subprocess.Popen[bytes]], folder: Path, say: Say) -> None:
+    """Wait for all; tell now and then how far they are. Raises the error of one that failed, after stopping the
+    others."""
+    told = 0.0
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            time.sleep(0.2)
+            if time.monotonic() - told > 15:
+                told = time.monotonic()
+                say("  ".join(f"{LABELS[name]} {_progress(folder / name)}" for name in processes))
+            _refuse_failed(processes, folder)
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.terminate()  # it saves, so that the next promotion goes on from there
+                process.wait()
+    _refuse_failed(processes, folder)
+
+
+def _refuse_failed(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
+    for name, process in processes.items():
+        code = process.poll()
+        if code in (128 + 2, 128 + 15, -2, -15):
+            raise KeyboardInterrupt
+        if code:
+            lines = (folder / name / "log.txt").read_text(errors="replace").strip().splitlines()
+            last = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+            error = EvolmError(
+                f"training the {LABELS[name]} failed: {last.removeprefix('error: ')} (see {folder / name}/log.txt)"
+            )
+            error.exit_code = code if 0 < code < 7 else 1
+            raise error
+
+
+def _progress(stage: Path) -> str:
+    try:
+        line = (stage / "metrics.jsonl").read_text().splitlines()[-1]
+        values = json.loads(line)
+    except (OSError, IndexError, ValueError):
+        return "is starting"
+    return f"{100 * values['tokens'] / values['total_tokens']:.0f}% loss {values['loss']:.3f}"
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def _export(run: Run, trial: Trial, folder: Path, corpus: Corpus, record: dict[str, Any]) -> dict[str, Any]:
+    from trainer.stages.pretrain import Stage
+
+    about = {"run": run.name, "trial": trial.id, "digest": trial.digest, **record}
+    return export_stage(
+        Stage(folder / "pretrain"), Recipe.model_validate(trial.genome), corpus, folder / "export" / "hf", about
+    )
+
+
+def _write(promotion: Promotion, run: Run, tokens: int) -> None:
+    from trainer.stages.pretrain import write_json
+
+    write_json(
+        promotion.folder / "promotion.json",
+        {
+            "run": run.name,
+            "trial": promotion.trial,
+            "tokens": tokens,
+            "winner": promotion.winner,
+            "baseline": promotion.baseline,
+            "better": promotion.better,
+            "export": promotion.export,
+        },
+    )

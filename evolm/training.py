@@ -1,0 +1,157 @@
+"""One recipe, trained to the end in a folder: what `evolm train` does, and what promotion does twice."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from evolm.config import load_recipe
+from evolm.errors import UsageError
+from fitness.loss import loss_metrics, score_domains
+from search_spaces.quantities import format_count
+from trainer.cost import costs
+from trainer.data.cache import default_cache
+from trainer.data.corpus import Corpus
+from trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from trainer.loop import Progress
+
+TEST_BYTES = 2**20
+"""Test text that a finished model is judged on, per domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A stage that ended: its folder and record, or the signal that stopped it."""
+
+    folder: Path
+    record: dict[str, Any] | None
+    signal: int | None = None
+
+
+def train_recipe(
+    path: Path,
+    folder: Path,
+    *,
+    tokens: int | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    cache: Path | None = None,
+    roots: list[str] | None = None,
+    target: dict[str, float] | None = None,
+    test: bool = False,
+    export: bool = True,
+) -> Trained:
+    """Train the recipe in a file, score it on validation (and, with `test`, test) text, export it.
+
+    Goes on where the folder stopped. Raises UsageError, SpaceError, DataError, and what training raises.
+    """
+    name, recipe = load_recipe(path)
+    length = tokens or recipe.train.tokens
+    if length is None:
+        raise UsageError(f"{path}: needs `train.tokens`, or give --tokens")
+    places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]
+    corpus = Corpus.open(recipe.data, cache or default_cache(), places)
+
+    import torch
+
+    from trainer.stages.pretrain import Stage, pretrain
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = recipe.train.seed if seed is None else seed
+    with _line(name) as show:
+        record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
+    if record is not None and not record.finished:
+        return Trained(folder=folder, record=None, signal=show.received)
+    stage = Stage(folder)
+    if stage.record() is None:
+        assert record is not None
+        values = {
+            "name": name,
+            "tokens": record.tokens,
+            "seed": chosen,
+            "flops": record.flops,
+            "seconds": record.seconds,
+            "train_loss": record.train_loss,
+            "params": costs(recipe).params,
+            "corpus": corpus.manifest(),
+            "validation": _scores(record.model, recipe, corpus, "validation", target),
+        }
+        if test:
+            values["test"] = _scores(record.model, recipe, corpus, "test", target)
+        if export:
+            values["export"] = export_stage(stage, recipe, corpus, folder / "export" / "hf", values)
+        stage.finish(values)
+    return Trained(folder=folder, record=stage.record())
+
+
+def export_stage(stage: Any, recipe: Recipe, corpus: Corpus, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Export the final weights of a stage to a folder in Hugging Face's layout; returns the receipt."""
+    from trainer.export.huggingface import export_huggingface
+    from trainer.stages.pretrain import load_final
+
+    lineage = {**about, "recipe": recipe.model_dump(mode="json")}
+    return {"folder": str(folder), **export_huggingface(load_final(stage, recipe), corpus.tokenizer, folder, lineage)}
+
+
+def _scores(
+    model: Any, recipe: Recipe, corpus: Corpus, split: str, target: dict[str, float] | None
+) -> dict[str, float]:
+    from trainer.evaluate import TokenScorer
+
+    text = corpus.held_out(split, TEST_BYTES if split == "test" else None)
+    return loss_metrics(score_domains(TokenScorer(model, recipe), text), target)
+
+
+class _Line:
+    """Progress in one line: rewritten in place on a terminal, every tenth of the way elsewhere. False after a
+    signal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.received: int | None = None
+        self._terminal = sys.stderr.isatty()
+        self._next = 0.0
+        self._shown = 0.0
+
+    def __call__(self, progress: Progress) -> bool:
+        now = time.monotonic()
+        last = progress.tokens >= progress.total_tokens
+        due = now - self._shown > 0.5 if self._terminal else progress.tokens >= self._next
+        if due or last:
+            self._shown = now
+            self._next = progress.tokens + 0.1 * progress.total_tokens
+            text = (
+                f"{self.name}  {format_count(progress.tokens)}/{format_count(progress.total_tokens)} tokens  "
+                f"loss {progress.loss:.3f}  {progress.tokens_per_second / 1000:.1f}k tokens/s"
+            )
+            end = "\r" if self._terminal and not last else "\n"
+            print(f"{text:<78}" if self._terminal else text, end=end, file=sys.stderr, flush=True)
+        return self.received is None
+
+
+@contextmanager
+def _line(name: str) -> Iterator[_Line]:
+    """A progress line that hears signals: the first one makes training save and end."""
+    line = _Line(name)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        line.received = number
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield line
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

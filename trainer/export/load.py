@@ -1,0 +1,33 @@
+"""Loading an exported folder with our own classes or stock ones: code that a folder carries is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+import trainer.model  # noqa: F401  # makes EvolmForCausalLM known, so that its folder needs no code of its own
+from search_spaces.errors import UsageError
+
+
+def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """The model in an exported folder, in fp32. Raises UsageError when there is none."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no exported model there (a folder with config.json and model.safetensors)")
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.eval().to(device)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in an exported folder. Raises UsageError when there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UsageError(f"{folder}: no tokenizer.json there")
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,57 @@
+"""Lowering: a genome that says no more than a stock class can say is exported as that class.
+
+Stock classes need no code of ours and are the ones that serving engines know best. Weight names are shared with the
+Llama family, so lowering copies a configuration, never a tensor's content.
+
+    swiglu, layers alike, no qk-norm    LlamaForCausalLM
+    swiglu, layers alike, qk-norm       Qwen3ForCausalLM
+    anything else                       EvolmForCausalLM, with its modelling files
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from trainer.model import EvolmConfig, EvolmForCausalLM
+
+
+def stock_class(config: EvolmConfig) -> tuple[type[PreTrainedModel], Any] | None:
+    """The stock class and its configuration that compute the same function, or None when there is none."""
+    if config.is_heterogeneous or config.ffn != "swiglu":
+        return None
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": dict(config.rope_parameters or {}),
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+    }
+    if config.qk_norm:
+        return Qwen3ForCausalLM, Qwen3Config(**shared)
+    return LlamaForCausalLM, LlamaConfig(**shared)
+
+
+def lower(model: EvolmForCausalLM) -> PreTrainedModel:
+    """The model as a stock class with the same weights, or the model itself. Raises RuntimeError if the weights
+    differ."""
+    stock = stock_class(model.config)
+    if stock is None:
+        return model
+    kind, config = stock
+    lowered = kind._from_config(config, dtype=torch.float32)
+    lowered.load_state_dict(model.state_dict(), strict=True)
+    return lowered.eval()

@@ -1,0 +1,80 @@
+"""Is the exported model the trained one? Compared where exports go wrong: whole sequences, cached steps, padded
+batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trainer.errors import ParityError
+from trainer.export.load import load_model
+from trainer.model import EvolmForCausalLM
+
+TOLERANCE = 1e-5
+"""Largest difference of a logit in fp32: the same operations on the same weights, in another order at most."""
+
+
+@torch.inference_mode()
+def check_parity(model: EvolmForCausalLM, folder: Path) -> dict[str, Any]:
+    """Compare the model with what an exported folder loads as. Raises ParityError beyond the tolerance.
+
+    The check itself is checked: with one weight of the exported model changed, it has to see a difference.
+    """
+    model = model.eval().to("cpu")
+    exported = load_model(folder)
+    ids = _random_ids(model)
+    reference = model(ids).logits
+    differences = {
+        "full": _largest(exported(ids).logits, reference),
+        "cached": _largest(_cached(exported, ids), reference),
+        "padded": _largest(_padded(exported, ids), reference),
+    }
+    worst = max(differences.values())
+    if not worst <= TOLERANCE:
+        raise ParityError(f"{folder.name}: logits differ by {worst:.2g} from the trained model's ({differences})")
+    _disturb(exported)
+    seen = _largest(exported(ids).logits, reference)
+    if seen <= TOLERANCE:
+        raise ParityError("the parity check did not see a changed weight: it proves nothing")
+    return {"max_logit_difference": differences, "tolerance": TOLERANCE, "tokens": ids.numel(), "disturbed": seen}
+
+
+def _random_ids(model: EvolmForCausalLM) -> torch.Tensor:
+    """Ids over the whole vocabulary, as long as the model was trained for, up to 128 positions."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(128, model.config.max_position_embeddings)
+    return torch.randint(model.config.vocab_size, (4, length), generator=generator)
+
+
+def _cached(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a prefill of half the sequence and one step for each further token."""
+    half = ids.shape[1] // 2
+    output = model(ids[:, :half], use_cache=True)
+    logits = [output.logits]
+    for position in range(half, ids.shape[1]):
+        output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _padded(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of the same sequences behind padding on the left."""
+    padding = 3
+    padded = torch.cat((torch.full((len(ids), padding), int(model.config.pad_token_id)), ids), dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :padding] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits: torch.Tensor = model(padded, attention_mask=mask, position_ids=positions).logits
+    return logits[:, padding:]
+
+
+def _disturb(model: PreTrainedModel) -> None:
+    weight = model.get_input_embeddings().weight
+    weight += 0.1 * weight.std()
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).abs().max())

@@ -1,0 +1,1 @@
+"""Models at work: text in, text out."""

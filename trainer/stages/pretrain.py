@@ -1,0 +1,128 @@
+"""Pretraining as a stage: a recipe trained to the end in a folder of its own, resumable at any time.
+
+The folder holds `recipe.json`, `metrics.jsonl`, `checkpoints/latest` while it trains, and at the end `final/` (a
+checkpoint) and `record.json`, which is written last: where it stands, the stage is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import load_checkpoint, read_state
+from trainer.data.corpus import Corpus
+from trainer.errors import CheckpointError, DataError
+from trainer.loop import Checkpoints, Progress, Record, Report, recipe_digest, train
+from trainer.model import EvolmForCausalLM, build_model
+from trainer.optim import build_optimizer
+from trainer.recipe import Recipe
+
+METRICS_EVERY = 0.01
+"""Share of a run's tokens between lines of metrics.jsonl."""
+
+
+class Stage:
+    """The folder of one training run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe_file = folder / "recipe.json"
+        self.record_file = folder / "record.json"
+        self.latest = folder / "checkpoints" / "latest"
+        self.final = folder / "final"
+
+    def record(self) -> dict[str, Any] | None:
+        """What the finished stage wrote, or None while it is not finished."""
+        if not self.record_file.is_file():
+            return None
+        values: dict[str, Any] = json.loads(self.record_file.read_text())
+        return values
+
+    def begin(self, recipe: Recipe, tokens: int, seed: int) -> None:
+        """Claim the folder for one recipe, length and seed. Raises DataError when it belongs to another."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = {"recipe": recipe.model_dump(mode="json"), "tokens": tokens, "seed": seed}
+        if self.recipe_file.is_file():
+            theirs = json.loads(self.recipe_file.read_text())
+            if theirs != json.loads(json.dumps(mine)):
+                raise DataError(f"{self.folder}: holds another recipe, length or seed; give this run another folder")
+            return
+        write_json(self.recipe_file, mine)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write down that the stage is done, and drop what only an unfinished one needs."""
+        write_json(self.record_file, record)
+        shutil.rmtree(self.latest.parent, ignore_errors=True)
+
+
+def pretrain(
+    recipe: Recipe,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    tokens: int,
+    seed: int,
+    device: str = "cpu",
+    report: Report = lambda progress: True,
+    checkpoint_seconds: float = 120.0,
+) -> Record | None:
+    """Train a recipe to the end, or go on where this folder stopped; None when it was finished before.
+
+    A stopped run returns a record that is not finished. Raises what `train` raises, and DataError for a folder of
+    another recipe.
+    """
+    stage = Stage(folder)
+    stage.begin(recipe, tokens, seed)
+    if stage.record() is not None:
+        return None
+    with (folder / "metrics.jsonl").open("a") as log:
+        logged = 0.0
+
+        def report_and_log(progress: Progress) -> bool:
+            nonlocal logged
+            if progress.tokens >= logged:
+                log.write(json.dumps(asdict(progress)) + "\n")
+                log.flush()
+                logged = progress.tokens + METRICS_EVERY * progress.total_tokens
+            return report(progress)
+
+        return train(
+            recipe,
+            report_and_log,
+            corpus=corpus,
+            tokens=tokens,
+            seed=seed,
+            start=_usable(stage.latest),
+            checkpoints=Checkpoints(latest=stage.latest, final=stage.final, seconds=checkpoint_seconds),
+            device=device,
+        )
+
+
+def _usable(checkpoint: Path) -> Path | None:
+    """A checkpoint that is whole, or None: training then begins anew."""
+    try:
+        read_state(checkpoint)
+    except CheckpointError:
+        return None
+    return checkpoint
+
+
+def load_final(stage: Stage, recipe: Recipe, device: str = "cpu") -> EvolmForCausalLM:
+    """The trained model of a finished stage. Raises CheckpointError when its weights are not those of this recipe."""
+    model = build_model(recipe, 0, device)
+    state = load_checkpoint(stage.final, model, build_optimizer(model, recipe.train))
+    if state.recipe != recipe_digest(recipe):
+        raise CheckpointError(f"{stage.final}: is of another recipe")
+    model.eval()
+    return model
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON that is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.replace(path)
