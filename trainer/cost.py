@@ -75,7 +75,8 @@ def _train_memory(recipe: Recipe, params: int) -> float:
     micro-batch."""
     size = 2 if recipe.train.precision == "bf16" else 4
     copies = 2 * params if recipe.train.precision == "bf16" else 0  # matrices are cast once per step
-    return 16 * params + copies + micro_batch_tokens(recipe) * activation_bytes_per_token(recipe, size)
+    head = 4 * recipe.data.tokenizer.vocab_size * recipe.model.d_model  # its gradient, ready before the backward pass
+    return 16 * params + copies + head + micro_batch_tokens(recipe) * activation_bytes_per_token(recipe, size)
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:
@@ -88,18 +89,23 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 def activation_bytes_per_token(recipe: Recipe, size: int) -> float:
     """Bytes that autograd keeps per token between forward and backward, with activations of `size` bytes.
 
-    Block by block, what each operation saves; see the test that sums the tensors actually saved.
+    Block by block, what each operation saves; see the test that sums the tensors actually saved. Logits are not among
+    them: the loss turns them into gradients a few rows at a time.
     """
     model = recipe.model
+    width = model.d_model
+    norm = (8 + size) * width + 4  # the input and what it is divided down to, in fp32; the output; one scale
     total = 0.0
     for layer in model.layers():
         query, key = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
-        norms = 2 * (2 * model.d_model)  # input and normalised output of each RMSNorm
-        attention = (4 if model.qk_norm else 3) * query + (3 if model.qk_norm else 2) * key + key + query
-        ffn = {"swiglu": 4, "gelu": 2, "relu2": 3}[layer.ffn] * layer.ffn_dim
-        total += (norms + attention + ffn) * size
-    logits = recipe.data.tokenizer.vocab_size * 4 * 2  # logits and their log-softmax, in fp32
-    return total + 2 * model.d_model * size + logits
+        heads = layer.n_heads + layer.n_kv_heads
+        attention = (3 * query + 2 * key) * size + 4 * layer.n_heads  # query, two forms of the output, key, value, lse
+        attention += 8 * (query + key) + 4 * heads if model.qk_norm else 0  # as for norms, but the output is the query
+        ffn = {"swiglu": 4, "gelu": 2, "relu2": 2}[layer.ffn] * layer.ffn_dim
+        total += 2 * norm + attention + ffn * size
+    return (
+        total + 8 * width + 4 + width * size
+    )  # the last norm, whose output is gone, and the gradient of the hidden state
 
 
 @lru_cache(maxsize=4096)

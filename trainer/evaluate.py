@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from trainer.loop import autocast
+from trainer.loss import token_nats
 from trainer.model import EvolmForCausalLM
 from trainer.recipe import Recipe
 
@@ -30,7 +30,7 @@ class TokenScorer:
         for start in range(0, len(windows), rows):
             batch = torch.from_numpy(windows[start : start + rows]).to(self.device)
             with autocast(self.recipe, self.device):
-                logits = self.model(batch[:, :-1]).logits
-            nats = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+                hidden = self.model.model(batch[:, :-1]).last_hidden_state.flatten(0, 1)
+                nats = token_nats(hidden, self.model.lm_head.weight, batch[:, 1:].flatten())
             pieces.append(nats.view(len(batch), -1).cpu().numpy())
         return np.concatenate(pieces)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from search_spaces.genome import canonical_json
 from trainer.checkpoint import RunState, load_checkpoint, save_checkpoint
@@ -26,6 +25,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
 from trainer.errors import CheckpointError, DataError, Diverged
 from trainer.gates import check_causality, check_floor
+from trainer.loss import linear_cross_entropy
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.optim import build_optimizer, set_learning_rate
 from trainer.recipe import Recipe
@@ -245,8 +245,8 @@ class _Run:
             batch = torch.from_numpy(self.loader.batch(self.samples + start, min(micro, count - start)))
             batch = batch.to(self.device, non_blocking=True)
             with autocast(self.recipe, self.device):
-                logits = self.model(batch[:, :-1]).logits
-            nats = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+                hidden = self.model.model(batch[:, :-1]).last_hidden_state.flatten(0, 1)
+                nats = linear_cross_entropy(hidden, self.model.lm_head.weight, batch[:, 1:].flatten())
             loss = nats / (count * length)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

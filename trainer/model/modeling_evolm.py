@@ -30,7 +30,11 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class EvolmRMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4)."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), in fp32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return normed.to(x.dtype)
 
 
 def rotation(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -46,7 +50,7 @@ def rotation(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.
 
 def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
     """Turn the pairs (i, i + E/2) of x (B, heads, T, E)."""
-    cos, sin = by[0].unsqueeze(1), by[1].unsqueeze(1)
+    cos, sin = (part.unsqueeze(1).to(x.dtype) for part in by)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

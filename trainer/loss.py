@@ -1,0 +1,82 @@
+"""The training loss, without ever holding the logits of a whole batch.
+
+The output head and the cross-entropy are one operation: a few rows of logits at a time are turned into their own
+gradient while they are still in the cache. For small models on a CPU this saves a quarter of the step, for large
+vocabularies most of the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+"""Logits held at a time: what fits a core's cache, or what keeps a GPU busy."""
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over N positions of the cross-entropy in nats of softmax(hidden @ weight^T) with the targets.
+
+    hidden (N, D), weight (V, D), targets (N) of integers; products in the autocast precision where one is set, softmax
+    and sum in fp32. Differentiable in hidden and weight.
+    """
+    kind = hidden.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, precision)  # type: ignore[no-untyped-call]
+    return total
+
+
+@torch.no_grad()
+def token_nats(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The terms of `linear_cross_entropy`, one for each of the N positions, fp32; not differentiable."""
+    rows = _rows(hidden, weight)
+    pieces = []
+    for start in range(0, len(hidden), rows):
+        logits = (hidden[start : start + rows] @ weight.t()).float()
+        picked = logits.gather(1, targets[start : start + rows, None])[:, 0]
+        pieces.append(logits.logsumexp(dim=1) - picked)
+    return torch.cat(pieces)
+
+
+def _rows(hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    """Positions whose logits are held at a time."""
+    return max(16, CHUNK_BYTES.get(hidden.device.type, 2**28) // (4 * len(weight)))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """d(loss)/d(logits) is softmax - one-hot, so both gradients are known as soon as the logits are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, precision: torch.dtype
+    ) -> torch.Tensor:
+        inputs, matrix = hidden.to(precision), weight.to(precision)
+        rows = _rows(hidden, weight)
+        to_hidden = torch.empty_like(inputs)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(inputs), rows):
+                part = inputs[start : start + rows]
+                target = targets[start : start + rows, None]
+                logits = (part @ matrix.t()).float()
+                picked = logits.gather(1, target)
+                top = logits.amax(dim=1, keepdim=True)
+                mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+                total += (mass.log() + top - picked).sum()
+                gradient = logits.div_(mass).scatter_add_(1, target, torch.full_like(top, -1.0)).to(precision)
+                torch.mm(gradient, matrix, out=to_hidden[start : start + rows])
+                if precision == torch.float32:
+                    to_weight.addmm_(gradient.t(), part)
+                else:
+                    to_weight += gradient.t() @ part
+        ctx.save_for_backward(to_hidden, to_weight)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        to_hidden, to_weight = ctx.saved_tensors
+        scale = gradients[0]
+        return (to_hidden * scale).to(ctx.dtypes[0]), (to_weight * scale).to(ctx.dtypes[1]), None, None
