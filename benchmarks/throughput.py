@@ -132,13 +132,8 @@ def main() -> None:
                 if not options.json:
                     ours, theirs = (statistics.median(side) for side in zip(*measured, strict=True))
                     spread = sorted(round(a / b, 2) for a, b in measured)
-                    line
-                   
-                   
-                    = f"{size:>6} {precision}
-                     ours {ours:8.0f}
-                     nanoGPT fp32 {theirs:8.0f} tokens/s
-                     ratio {ratio:.2f}" print(f"{line}  pairs {spread}", flush=True)
+                    speeds = f"ours {ours:8.0f}  nanoGPT fp32 {theirs:8.0f} tokens/s  ratio {ratio:.2f}"
+                    print(f"{size:>6} {precision}  {speeds}  pairs {spread}", flush=True)
     print(json.dumps({"ratios": ratios}))
 
 
