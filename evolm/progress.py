@@ -16,8 +16,9 @@ from search_spaces.genome import get
 from search_spaces.quantities import format_count
 
 
-def show(search: Search, trials: int, stream: TextIO = sys.stderr) -> PlainView | LiveView:
-    """The view that fits the stream: a panel on a terminal, lines elsewhere, with NO_COLOR, or in CI."""
+def show(search: Search, trials: int, stream: TextIO | None = None) -> PlainView | LiveView:
+    """The view that fits the stream (stderr): a panel on a terminal, lines elsewhere, with NO_COLOR, or in CI."""
+    stream = stream or sys.stderr
     plain = not stream.isatty() or "NO_COLOR" in os.environ or "CI" in os.environ or os.environ.get("TERM") == "dumb"
     return PlainView(search, stream) if plain else LiveView(search, trials)
 

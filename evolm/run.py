@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evolm.config import Settings, SpaceFile, load_space
 from evolm.errors import UsageError
 from evolm.run_folder import RunFolder, existing
-from evolm.search import front_of
+from evolm.search import comparable, front_of
 from fitness.ledger import Ledger
 from fitness.objectives import Objective, minimised, read_objectives
 from fitness.pareto import Normaliser, knee
@@ -104,9 +104,7 @@ class Run:
 
         Objectives are mapped to [0, 1] by the range of the first results (costs logarithmically); the reference is 1.1.
         """
-        highest = max((trial.rung for trial in self.trials()), default=0)
-        told = [trial for trial in self.trials() if trial.rung == highest and trial.rungs and trial.state != "failed"]
-        told.sort(key=lambda trial: trial.rungs[-1].seq)
+        told = sorted(comparable(self.trials()), key=lambda trial: trial.rungs[-1].seq)
         if not told:
             return []
         points = minimised([trial.metrics for trial in told], self.objectives)
@@ -136,7 +134,7 @@ class Run:
         """The run as the reports want it."""
         from reports.frame import RunData
 
-        baseline = self.baseline
+        baseline, sessions = self.baseline, self.ledger.sessions()
         return RunData(
             name=self.name,
             path=str(self.folder.path),
@@ -151,7 +149,10 @@ class Run:
             rungs=list(self.settings.fidelity.rungs),
             settings=self.settings.as_dict(),
             meta=self.ledger.meta,
-            seconds=sum(session["ended"] - session["began"] for session in self.ledger.sessions()),
+            seconds=sum(session["ended"] - session["began"] for session in sessions),
+            began=sessions[0]["began"] if sessions else None,
+            ended=sessions[-1]["ended"] if sessions else None,
+            versions=sessions[-1]["versions"] if sessions else {},
             space=self.file.text,
             curves=self.curves(),
         )

@@ -142,7 +142,7 @@ def existing(run: str) -> RunFolder:
 
 
 def _place(run: str) -> RunFolder:
-    path = Path(run).resolve() if os.sep in run or run in (".", "..") else RUNS / run
+    path = Path(run).resolve() if os.sep in run else RUNS / run
     if not NAME.fullmatch(path.name):
         raise UsageError(f"run name '{path.name}' must match {NAME.pattern}")
     return RunFolder(path)

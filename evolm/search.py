@@ -231,11 +231,16 @@ class Search:
         return hypervolume(points, [sign * value for sign, value in zip(signs, reference, strict=True)])
 
 
-def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """The Pareto front among the trials of the highest rung that any of them reached."""
+def comparable(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials whose metrics compare: those at the highest rung that any trial reached and that have not failed."""
     told = [trial for trial in trials if trial.rungs and trial.state not in ("failed", "infeasible")]
     highest = max((trial.rung for trial in told), default=0)
-    comparable = [trial for trial in told if trial.rung == highest]
-    points = minimised([trial.metrics for trial in comparable], objectives)
-    front = [trial for trial, keep in zip(comparable, nondominated(points), strict=True) if keep]
+    return [trial for trial in told if trial.rung == highest]
+
+
+def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+    """The Pareto front among the trials that compare, by the first objective."""
+    members = comparable(trials)
+    points = minimised([trial.metrics for trial in members], objectives)
+    front = [trial for trial, keep in zip(members, nondominated(points), strict=True) if keep]
     return sorted(front, key=lambda trial: objectives[0].sign * trial.metrics[objectives[0].metric])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fitness.objectives import Objective
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run as plain values. `curves` are the lines of each trial's metrics.jsonl, by trial."""
+    """A run as plain values. `curves` are the lines of each trial's metrics.jsonl, by trial; `began` and `ended` are
+    the times of its first and last event, in seconds since the epoch."""
 
     name: str
     path: str
@@ -35,6 +36,9 @@ class RunData:
     seconds: float
     space: str
     curves: Mapping[int, list[dict[str, Any]]]
+    began: float | None = None
+    ended: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def gene_columns(data: RunData, trial: Trial) -> dict[str, Any]:

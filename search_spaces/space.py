@@ -21,7 +21,6 @@ from search_spaces.errors import Path, Problem, Problems, SpaceError, dotted
 from search_spaces.expressions import Expression, ExpressionError, Lookup
 from search_spaces.genes import Choose, Gene, ListGene, Rng
 from search_spaces.genome import Genome, Values, canonical_json, get, leaves
-from search_spaces.quantities import format_count
 from search_spaces.reading import (
     dependencies,
     is_derived,
@@ -139,7 +138,7 @@ class Space:
                 _put(values, gene.path, choose(gene) if active else gene.default)
             else:
                 path, expression = node
-                _put(values, path, expression.evaluate(lookup))
+                _put(values, path, _plain(expression.evaluate(lookup)))
         return Genome.of(values)
 
     @cached_property
@@ -391,6 +390,13 @@ def lookup_in(values: Values, exact: Exact | None = None) -> Lookup:
     return lookup
 
 
+def _plain(value: Any) -> Any:
+    """A derived value as a recipe wants it: `d_model / 64` is a whole number where it comes out as one."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _put(values: Values, path: Path, value: Any) -> None:
     *way, last = path
     get(values, tuple(way))[last] = value
@@ -407,13 +413,13 @@ def _inherited(gene: Gene, parent: Values, rng: Rng | None) -> Any:
 
 
 def _seen(expression: Expression, lookup: Lookup) -> str:
-    """The values behind a broken constraint: `params = 41.2M`."""
-    parts = []
-    for name in sorted(expression.names):
-        value = lookup(name)
-        large = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) >= 1e4
-        parts.append(f"{name} = {format_count(value) if large else canonical_json(value)}")
-    return ", ".join(parts)
+    """The values behind a broken constraint: `params = 41,231,872`."""
+    return ", ".join(f"{name} = {_shown(lookup(name))}" for name in sorted(expression.names))
+
+
+def _shown(value: Any) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:,}" if number and abs(value) >= 1e4 else canonical_json(value)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

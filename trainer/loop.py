@@ -35,7 +35,10 @@ CHECK_EVERY = 10
 """On a GPU, steps between looks at the loss: each look waits for the device."""
 
 PATIENCE = 20
-"""Steps over which the mean loss must not be worse than guessing."""
+"""Steps over which the mean loss must not be worse than guessing, the logarithm of the vocabulary."""
+
+MARGIN = 0.5
+"""Nats by which it may be: initial weights are a little worse than guessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,16 +256,18 @@ class _Run:
         return total
 
     def refuse_divergence(self, loss: float, norm: float) -> None:
-        """Raise Diverged when loss or gradient is not finite, or the mean loss has become worse than guessing."""
+        """Raise Diverged when loss or gradient is not finite, or the mean loss is worse than guessing: over the last
+        steps of a long run, or at the end of a short one."""
         step = -(-self.samples // self.horizon.batch)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
         self.losses.append(loss)
         guessing = math.log(self.recipe.data.tokenizer.vocab_size)
         mean = sum(self.losses) / len(self.losses)
-        if len(self.losses) == PATIENCE and mean > guessing + 0.5:
+        judged = len(self.losses) == PATIENCE or self.samples >= self.horizon.samples
+        if judged and mean > guessing + MARGIN:
             raise Diverged(
-                f"step {step}: mean loss {mean:.2f} of {PATIENCE} steps is worse than guessing, {guessing:.2f}"
+                f"step {step}: mean loss {mean:.2f} of {len(self.losses)} steps is worse than guessing, {guessing:.2f}"
             )
 
     def record(self, finished: bool) -> Record:

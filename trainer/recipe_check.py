@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from search_spaces.errors import Path, nearest
+from search_spaces.errors import Path, dotted, nearest
 from search_spaces.genome import canonical_json
 from trainer.recipe import Recipe
 
@@ -41,7 +41,8 @@ def rule(values: Mapping[str, Any]) -> str | None:
     except ValidationError as error:
         first = error.errors()[0]
         words = _words(first)[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {words}" if first["loc"] else words
+        path = dotted(_path_of(first["loc"], values))
+        return f"{path}: {words}" if path else words
     return None
 
 

@@ -32,7 +32,7 @@ class Nsga2:
     that reached a higher rung come first: metrics of different rungs do not compare, and the better ones were promoted.
     """
 
-    population: int = 24
+    population: int = 12
     crossover: float = 0.7
     immigrants: float = 0.1
 

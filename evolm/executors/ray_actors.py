@@ -99,7 +99,7 @@ class RayExecutor:
         try:
             results: list[Any] = self._ray.get(references, timeout=120)
         except self._ray.exceptions.RayError as error:
-            raise ExecutorError(f"workers did not start: {error}") from None
+            raise ExecutorError(f"workers did not start: {str(error).strip().splitlines()[-1]}") from None
         return results
 
     @property
