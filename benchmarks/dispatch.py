@@ -3,9 +3,9 @@
     python benchmarks/dispatch.py [--trials 200] [--tune-trials 24] [--json]
 
 Both run two trials side by side on a Ray of their own. A figure is wall-clock time from the first proposal to the last
-result, over the number of trials; starting Ray and the first workers is not counted for ours, and is for Tune only as far as
-its second experiment in the same process still has to. Ours is given with the ledger in memory (no commits) and on disk
-(every proposal, launch and result durable before the next step).
+result, over the number of trials; starting Ray and the first workers is not counted for ours, and is for Tune only as
+far as its second experiment in the same process still has to. Ours is given with the ledger in memory (no commits) and
+on disk (every proposal, launch and result durable before the next step).
 """
 
 from __future__ import annotations

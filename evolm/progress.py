@@ -28,7 +28,7 @@ def summary(search: Search, trial: Trial, genes: int = 4) -> str:
     rungs = f"rung {trial.rung + 1}/{search.top + 1}"
     if trial.state in ("failed", "infeasible"):
         return f"trial {trial.id:4d}  {trial.reason or trial.state}: {trial.message}"
-    if not trial.rungs or trial.state not in ("paused", "complete"):
+    if trial.message or not trial.rungs:  # a launch that came to nothing and will be tried again
         return f"trial {trial.id:4d}  {trial.message or trial.state}"
     values = "  ".join(f"{o.metric} {_number(trial.metrics[o.metric])}" for o in search.objectives)
     named = [f"{gene.path[-1]} {_gene(get(trial.genome, gene.path))}" for gene in search.space.genes[:genes]]

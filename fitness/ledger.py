@@ -3,11 +3,13 @@
 Nothing is ever changed in it. `trials` says what was proposed, `events` what happened to it, in the order in which it
 happened; the state of a trial is what its events add up to. An event that was written survives the death of the
 process and of the machine (`synchronous=FULL`); one that was not, never happened. A second result of the same trial
-and rung is refused by the database itself.
+and rung is refused by the database itself. Every row carries a checksum: what a failing disk changed is told, not
+believed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time
@@ -17,14 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from fitness.errors import StorageError
+from fitness.errors import RunBusy, StorageError
 from fitness.trial import Reason, Rung, State, Trial
 from search_spaces.genome import Genome, canonical_json
 
 SCHEMA_VERSION = 1
 
 _SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, sum TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE trials (
     id INTEGER PRIMARY KEY,
     digest TEXT NOT NULL UNIQUE,
@@ -32,7 +34,8 @@ CREATE TABLE trials (
     parents TEXT NOT NULL,
     operator TEXT NOT NULL,
     seen INTEGER NOT NULL,
-    time REAL NOT NULL
+    time REAL NOT NULL,
+    sum TEXT NOT NULL
 );
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY,
@@ -40,12 +43,11 @@ CREATE TABLE events (
     kind TEXT NOT NULL,
     rung INTEGER,
     body TEXT NOT NULL,
-    time REAL NOT NULL
+    time REAL NOT NULL,
+    sum TEXT NOT NULL
 );
 CREATE UNIQUE INDEX one_result ON events (trial, rung) WHERE kind = 'result';
 """
-
-Row = tuple[int, int | None, str, int | None, str]
 
 
 class Ledger:
@@ -68,44 +70,81 @@ class Ledger:
         with _told(place):
             if path is not None and path.exists():
                 raise StorageError(f"{place}: a ledger is already there")
-            connection = _connect(str(path) if path is not None else ":memory:", place)
+            connection = _connect(str(path) if path is not None else ":memory:")
             connection.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
             values = {"schema_version": SCHEMA_VERSION, **meta}
             with _transaction(connection):
                 rows = [(key, canonical_json(value)) for key, value in values.items()]
-                connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-        ledger = cls(connection, place)
-        ledger._read()
+                connection.executemany("INSERT INTO meta VALUES (?, ?, ?)", [(*row, _checksum(row)) for row in rows])
+            ledger = cls(connection, place)
+            ledger._read()
         return ledger
 
     @classmethod
     def open(cls, path: Path, *, write: bool = False) -> Ledger:
         """The ledger at `path`, as it is now. Raises StorageError when there is none or when it is damaged."""
-        place = str(path)
-        with _told(place):
-            if not path.is_file():
-                raise StorageError(f"{place}: no ledger there")
-            connection = (
-                _connect(place, place) if write else sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-            )
-            ledger = cls(connection, place)
-            ledger._read()
+        if not path.is_file():
+            raise StorageError(f"{path}: no ledger there")
+        if write:
+            return cls._opened(path, lambda: _connect(str(path)))
+        uri = path.absolute().as_uri()
+        quiet = not path.with_name(f"{path.name}-wal").exists()  # nobody writes: nothing beside the file is needed
+        if quiet:
+            try:
+                return cls._opened(path, lambda: _reader(f"{uri}?immutable=1"))
+            except StorageError:
+                pass  # unless somebody has just begun to
+        return cls._opened(path, lambda: _reader(f"{uri}?mode=ro"))
+
+    @classmethod
+    def _opened(cls, path: Path, connect: Callable[[], sqlite3.Connection]) -> Ledger:
+        with _told(str(path)):
+            ledger = cls(connect(), str(path))
+            try:
+                ledger._read()
+            except BaseException:
+                ledger.close()
+                raise
         return ledger
 
     def _read(self) -> None:
-        rows = self._connection.execute("SELECT key, value FROM meta").fetchall()
-        self.meta = {key: json.loads(value) for key, value in rows}
+        """Fold everything that is there, as of one moment: a writer may be at work."""
+        self._connection.execute("BEGIN")
+        try:
+            self._read_all()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise sqlite3.DatabaseError(f"malformed content ({error})") from None
+        finally:
+            self._connection.execute("COMMIT")
+
+    def _read_all(self) -> None:
+        (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise ValueError(verdict)
+        for key, value, checksum in self._connection.execute("SELECT * FROM meta"):
+            if _checksum((key, value)) != checksum:
+                raise ValueError(f"{key} is not what it was")
+            self.meta[key] = json.loads(value)
         version = self.meta.get("schema_version")
         if version != SCHEMA_VERSION:
             raise StorageError(f"{self.place}: has schema version {version}, this evolm reads {SCHEMA_VERSION}")
-        for row in self._connection.execute("SELECT id, genome, parents, operator, seen FROM trials ORDER BY id"):
-            identity, genome, parents, operator, seen = row
-            self._add(
-                Trial(
-                    id=identity, frozen=Genome(genome), parents=tuple(json.loads(parents)), operator=operator, seen=seen
-                )
-            )
-        self._fold(self._connection.execute("SELECT seq, trial, kind, rung, body FROM events ORDER BY seq"))
+        for identity, digest, genome, parents, operator, seen, _ in self._rows("trials", "id"):
+            frozen = Genome(genome)
+            if frozen.digest != digest:
+                raise ValueError(f"trial {identity} is not the genome that it was")
+            known = tuple(json.loads(parents))
+            self._add(Trial(id=identity, frozen=frozen, parents=known, operator=operator, seen=seen))
+        for seq, identity, kind, rung, body, _ in self._rows("events", "seq"):
+            self._fold(seq, identity, kind, rung, body)
+
+    def _rows(self, table: str, key: str) -> Iterator[list[Any]]:
+        """The rows of a table in order, numbered from 1 without a gap, each with the checksum that it was written
+        with."""
+        rows = self._connection.execute(f"SELECT * FROM {table} ORDER BY {key}")
+        for number, (*row, checksum) in enumerate(rows, 1):
+            if row[0] != number or _checksum(row) != checksum:
+                raise ValueError(f"row {number} of {table} is missing or changed")
+            yield row
 
     def _add(self, trial: Trial) -> None:
         self.trials[trial.id] = trial
@@ -121,8 +160,7 @@ class Ledger:
         """Write down a new trial. Its number is one more than the last one's."""
         trial = Trial(id=len(self.trials) + 1, frozen=genome, parents=tuple(parents), operator=operator, seen=seen)
         row = (trial.id, trial.digest, genome.text, json.dumps(trial.parents), operator, seen, time.time())
-        with _told(self.place), _transaction(self._connection):
-            self._connection.execute("INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        self._insert("trials", row)
         self._add(trial)
         return trial
 
@@ -141,8 +179,9 @@ class Ledger:
         seconds: float,
         top: bool,
     ) -> Trial | None:
-        """What a trial told at a rung; None, and nothing written, when it had told that rung before."""
-        if rung <= self.trials[trial].rung:
+        """What a trial told at a rung; None, and nothing written, when it was not running, or had told that rung."""
+        known = self.trials[trial]
+        if known.state != "running" or rung <= known.rung:
             return None
         body = {"tokens": tokens, "metrics": dict(metrics), "flops": flops, "seconds": seconds, "top": top}
         return self._write(trial, "result", rung, body)
@@ -182,16 +221,20 @@ class Ledger:
         return self.trials[trial]
 
     def _append(self, trial: int | None, kind: str, rung: int | None, body: Mapping[str, Any]) -> None:
-        row = (self.seq + 1, trial, kind, rung, canonical_json(body))
-        with _told(self.place), _transaction(self._connection):
-            self._connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", (*row, time.time()))
-        self._fold([row])
+        seq, text = self.seq + 1, canonical_json(body)
+        self._insert("events", (seq, trial, kind, rung, text, time.time()))
+        self._fold(seq, trial, kind, rung, text)
 
-    def _fold(self, rows: Sequence[Row] | sqlite3.Cursor) -> None:
-        for seq, identity, kind, rung, body in rows:
-            if identity is not None:
-                self.trials[identity] = _FOLDS[kind](self.trials[identity], seq, rung, json.loads(body))
-            self.seq = seq
+    def _insert(self, table: str, row: tuple[Any, ...]) -> None:
+        """Write one row with its checksum, durably."""
+        marks = ", ".join("?" * (len(row) + 1))
+        with _told(self.place), _transaction(self._connection):
+            self._connection.execute(f"INSERT INTO {table} VALUES ({marks})", (*row, _checksum(row)))
+
+    def _fold(self, seq: int, identity: int | None, kind: str, rung: int | None, body: str) -> None:
+        if identity is not None:
+            self.trials[identity] = _FOLDS[kind](self.trials[identity], seq, rung, json.loads(body))
+        self.seq = seq
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -226,7 +269,9 @@ class Ledger:
 
 
 def _started(trial: Trial, seq: int, rung: int | None, body: dict[str, Any]) -> Trial:
-    return replace(trial, state="running", attempts=trial.attempts + 1, worker=body["worker"])
+    return replace(
+        trial, state="running", attempts=trial.attempts + 1, worker=body["worker"], reason=None, message="", ended=None
+    )
 
 
 def _resulted(trial: Trial, seq: int, rung: int | None, body: dict[str, Any]) -> Trial:
@@ -245,6 +290,8 @@ def _resulted(trial: Trial, seq: int, rung: int | None, body: dict[str, Any]) ->
         flops=trial.flops + told.flops,
         seconds=trial.seconds + told.seconds,
         worker=None,
+        reason=None,
+        message="",
         ended=seq if body["top"] else None,
     )
 
@@ -283,7 +330,8 @@ _FOLDS: dict[str, Callable[[Trial, int, int | None, dict[str, Any]], Trial]] = {
 # --- SQLite -----------------------------------------------------------------------------------------------------------
 
 
-def _connect(database: str, place: str) -> sqlite3.Connection:
+def _connect(database: str) -> sqlite3.Connection:
+    """The one writer: every transaction is on the disk before it is acknowledged."""
     connection = sqlite3.connect(database, isolation_level=None)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
@@ -291,16 +339,24 @@ def _connect(database: str, place: str) -> sqlite3.Connection:
     return connection
 
 
+def _reader(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, isolation_level=None)
+
+
+def _checksum(row: Sequence[Any]) -> str:
+    return hashlib.blake2b(json.dumps(list(row)).encode(), digest_size=8).hexdigest()
+
+
 @contextmanager
 def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 @contextmanager
@@ -310,12 +366,21 @@ def _told(place: str) -> Iterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         words = str(error)
-        if "full" in words:
-            advice = "free some space on that disk, then run `evolm resume`; nothing acknowledged is lost"
-        elif "readonly" in words or "unable to open" in words:
-            advice = "make the run folder writable, then run `evolm resume`"
-        elif "malformed" in words or "not a database" in words:
-            advice = "the file is damaged; `sqlite3 FILE .recover` can save what is readable"
-        else:
-            advice = "the disk may be failing or gone"
+        if "locked" in words:
+            raise RunBusy(f"{place}: another process writes to it") from error
+        advice = next((advice for sign, advice in _ADVICE.items() if sign in words), "the disk may be failing or gone")
         raise StorageError(f"{place}: {words}; {advice}") from error
+
+
+_DAMAGED = "the file is damaged or no ledger; `sqlite3 FILE .recover` can save what is readable"
+_UNWRITABLE = "make the run folder writable, then run `evolm resume`"
+_ADVICE = {
+    "full": "free some space on that disk, then run `evolm resume`; nothing acknowledged is lost",
+    "readonly": _UNWRITABLE,
+    "unable to open": _UNWRITABLE,
+    "malformed": _DAMAGED,
+    "not a database": _DAMAGED,
+    "no such table": _DAMAGED,
+    "decode": _DAMAGED,
+}
+"""What to do about it, by a word of the message."""

@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from search_spaces.errors import UsageError
+
 
 class LanguageModel(Protocol):
     """Anything that tells how surprised it is."""
@@ -67,10 +69,19 @@ def score_domains(model: LanguageModel, domains: Mapping[str, Text]) -> dict[str
 def loss_metrics(losses: Mapping[str, DomainLoss], target: Mapping[str, float] | None = None) -> dict[str, float]:
     """`bits_per_byte` of each domain and over the target, and `perplexity` per token over the target.
 
-    The target gives each domain its weight in what "better" means; without one all domains weigh the same.
+    The target gives each domain its weight in what "better" means; without one all domains weigh the same. Raises
+    UsageError for a target of domains that were not scored, or of no weight, and for a domain without text.
     """
     weights = target or dict.fromkeys(losses, 1.0)
+    unknown = sorted(set(weights) - set(losses))
+    if unknown:
+        raise UsageError(f"target: domain '{unknown[0]}' was not scored; there are {', '.join(sorted(losses))}")
+    silent = sorted(name for name, loss in losses.items() if not loss.bytes)
+    if silent:
+        raise UsageError(f"domain '{silent[0]}' has no held-out text to be scored on")
     total = sum(weights.values())
+    if total <= 0:
+        raise UsageError("target: needs a domain with a positive weight")
     share = {name: weights.get(name, 0.0) / total for name in losses}
     metrics = {
         "bits_per_byte": sum(share[name] * loss.bits_per_byte for name, loss in losses.items()),

@@ -33,7 +33,11 @@ class Objective:
 
 def read_objectives(given: Mapping[str, str] | Sequence[str]) -> tuple[Objective, ...]:
     """`{"bits_per_byte": "min", "params": "min"}` as objectives. Raises UsageError for an empty or misspelt one."""
+    if isinstance(given, str):
+        given = [given]
     pairs = given.items() if isinstance(given, Mapping) else [(name, "min") for name in given]
+    if len(dict(pairs)) < len(list(pairs)):
+        raise UsageError("objectives: a metric is named twice")
     objectives = []
     for metric, direction in pairs:
         if direction not in DIRECTIONS:
@@ -58,9 +62,13 @@ def check_metrics(metrics: Mapping[str, float], objectives: Sequence[Objective])
     checked = {}
     for name, value in metrics.items():
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, str | bytes | bool) else float(value)
+        except OverflowError:
+            number = math.inf
         except (TypeError, ValueError):
             raise BadMetrics(f"metric '{name}' must be a number, is {value!r}") from None
+        if isinstance(value, str | bytes | bool):
+            raise BadMetrics(f"metric '{name}' must be a number, is {value!r}")
         if not math.isfinite(number):
             raise BadMetrics(f"metric '{name}' must be finite, is {number}")
         checked[name] = number

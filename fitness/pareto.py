@@ -36,7 +36,7 @@ def hypervolume(points: Points, reference: Sequence[float]) -> float:
 
 
 def contributions(points: Points, reference: Sequence[float]) -> NDArray[np.float64]:
-    """The hypervolume that is lost with each point; 0 for dominated points and for all but one of equal ones."""
+    """The hypervolume that is lost with each point; 0 for dominated points and for equal ones, as the twin remains."""
     if len(points) == 0:
         return np.zeros(0)
     ref = np.asarray(reference, dtype=np.float64)
@@ -46,7 +46,8 @@ def contributions(points: Points, reference: Sequence[float]) -> NDArray[np.floa
         lost = np.zeros(len(points))
         lost[order[0]] = max(0.0, min(second, ref[0]) - points[order[0], 0])
         return lost
-    return np.asarray(moocore.hv_contributions(points, ref=ref), dtype=np.float64)
+    # A point that is dominated takes nothing with it, but hides what the point before it would lose.
+    return np.asarray(moocore.hv_contributions(points, ref=ref, ignore_dominated=False), dtype=np.float64)
 
 
 def reference_of(points: Points) -> list[float]:
@@ -76,7 +77,7 @@ def preference(points: Points, count: int | None = None) -> list[int]:
 
 
 def knee(points: Points) -> int | None:
-    """The point of the front farthest below the line (plane) between its extremes; None without a front of three.
+    """The point of the front farthest below the line (plane) between its extremes; None when there is none below it.
 
     Das 1999, "On characterizing the knee of the Pareto curve"; objectives scaled to [0, 1] on the front.
     """
@@ -84,7 +85,8 @@ def knee(points: Points) -> int | None:
     if len(front) < 3:
         return None
     scaled = _scaled(points[front])
-    return int(front[np.argmin(scaled.sum(axis=1))])
+    sums = scaled.sum(axis=1)
+    return int(front[np.argmin(sums)]) if sums.min() < scaled[scaled.argmin(axis=0)].sum(axis=1).min() - 1e-12 else None
 
 
 def _scaled(points: Points) -> Points:
@@ -111,8 +113,13 @@ class Normaliser:
         positive = np.maximum(points, np.finfo(np.float64).tiny)
         return np.where(self.log, np.log(positive), points)
 
+    def normalised(self, points: Points) -> Points:
+        """The points on the frozen scale; better than its best by more than the whole scale counts as just that."""
+        scaled: Points = np.maximum((self._map(points) - self.low) / self.span, -1.0)
+        return scaled
+
     def hypervolume(self, points: Points) -> float:
         """Normalised hypervolume of the points."""
         if len(points) == 0:
             return 0.0
-        return hypervolume((self._map(points) - self.low) / self.span, [1.1] * points.shape[1])
+        return hypervolume(self.normalised(points), [1.1] * points.shape[1])

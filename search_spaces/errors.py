@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+MAX_TOLD = 50
+"""Problems that one error tells; the rest are counted."""
+
+MAX_SUGGESTIONS = 20
+
 MAX_SHOWN = 120
 """Characters of a source line that a message shows."""
 
@@ -24,6 +29,12 @@ class UsageError(EvolmError):
     """The user asked for something that cannot be done as written: a flag, a name, a file."""
 
     exit_code = 2
+
+
+def short(text: str, longest: int = 60) -> str:
+    """A name from outside as messages show it: in quotes, on one line, and cut where it is long."""
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    return f"'{text}'"
 
 
 def dotted(path: Path) -> str:
@@ -88,7 +99,10 @@ class SpaceError(UsageError):
 
     def __init__(self, problems: Problem | Sequence[Problem]) -> None:
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        told = [str(problem) for problem in self.problems[:MAX_TOLD]]
+        if len(self.problems) > MAX_TOLD:
+            told.append(f"and {len(self.problems) - MAX_TOLD} more problems")
+        super().__init__("\n".join(told))
 
 
 class Problems:
@@ -104,10 +118,14 @@ class Problems:
     def unknown(self, path: Path, name: str, known: Iterable[str], what: str = "key") -> None:
         """Note a name that does not exist, with the nearest one that does."""
         known = sorted(known)
-        close = nearest(name, known)
+        # Looking for the nearest name takes time with each name that there is: a file of nothing but slips gets it for
+        # the first ones.
+        close = nearest(name[:100], known) if len(self.found) < MAX_SUGGESTIONS else None
         listing = ", ".join(known) if len(known) <= 16 else ", ".join(known[:15]) + ", ..."
         advice = f"did you mean '{close}'?" if close else f"known here: {listing}"
-        self.found.append(Problem(path=path, rule=f"unknown {what} '{name}'", value=name, help=advice, on_key=True))
+        rule = f"unknown {what} {short(name)}"
+        on_key = bool(path) and path[-1] == name  # otherwise the name is a value, or stands inside one
+        self.found.append(Problem(path=path, rule=rule, value=name, help=advice, on_key=on_key))
 
     def raise_if_any(self) -> None:
         """Raise one SpaceError that carries everything found so far."""

@@ -1,8 +1,8 @@
 """The small expression language of `expr`, `when` and `constraints`.
 
 Text is parsed to a tree and the tree is walked; nothing is ever evaluated as Python. Arithmetic and comparison work
-item by item when one side is a list. Names are paths into the genome (`model.n_heads`, `model.n_heads[0]`,
-`data.mix["my corpus"]`) or names that the caller knows, such as exact costs (`params`).
+item by item when one side is a list, and so do `and`, `or` and `not`. Names are paths into the genome (`model.n_heads`,
+`model.n_heads[0]`, `data.mix["my corpus"]`) or names that the caller knows, such as exact costs (`params`).
 
 Grammar, loosest binding first:
 
@@ -23,19 +23,24 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from search_spaces.errors import UsageError, nearest
+from search_spaces.genome import shown
 from search_spaces.quantities import PATTERN, parse_quantity
 
 MAX_LENGTH = 2000  # characters
 MAX_TOKENS = 400
-MAX_DEPTH = 64
-_MAX_BITS = 1024  # of a power's result
+MAX_NESTING = 48  # of brackets and signs, as the parser goes down
+MAX_DEPTH = 201  # of the tree, as the walker goes down
+MAX_BITS = 1024  # of a whole number
 
-Lookup = Callable[[str], Any]
+Place = tuple[str, ...]
+"""What a name reads: the keys from the root of a genome, or the single name of an exact cost."""
+
+Lookup = Callable[[Place], Any]
 """Gives the value of a name; raises KeyError for a name that does not exist."""
 
 
@@ -58,7 +63,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Name:
-    name: str
+    place: Place
     column: int
 
 
@@ -98,7 +103,7 @@ class Expression:
 
     text: str
     root: Node
-    names: frozenset[str]
+    names: frozenset[Place]
 
     def __str__(self) -> str:
         return self.text
@@ -112,7 +117,7 @@ class Expression:
         value = self.evaluate(lookup)
         if not isinstance(value, bool):
             help = "; wrap it in all(...) or any(...)" if isinstance(value, list) else ""
-            raise ExpressionError(f"must be true or false, is {_show(value)}{help}", self.text)
+            raise ExpressionError(f"must be true or false, is {shown(value)}{help}", self.text)
         return value
 
 
@@ -127,8 +132,16 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-_COMPARISONS = {"==", "!=", "<", "<=", ">", ">=", "in", "not in"}
+_COMPARISONS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in")
 _WORDS = {"and", "or", "not", "in", "true", "false"}
+_LEVELS: dict[str, int] = {
+    "or": 1,
+    "and": 2,
+    **dict.fromkeys(_COMPARISONS, 4),
+    **dict.fromkeys(("+", "-"), 5),
+    **dict.fromkeys(("*", "/", "//", "%"), 6),
+}
+"""How strongly a sign between two values binds; `not` stands at 3, the signs of a number at 7, powers above."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +156,33 @@ def parse(text: str) -> Expression:
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"longer than {MAX_LENGTH} characters", text[:60] + "...")
     tokens = list(_tokens(text))
-    if len(tokens) > MAX_TOKENS:
+    if len(tokens) > MAX_TOKENS + 1:  # one of them says where the text ends
         raise ExpressionError(f"more than {MAX_TOKENS} words and signs", text, tokens[MAX_TOKENS].column)
     parser = _Parser(text, tokens)
     root = parser.whole()
+    _refuse_deep(root, text)
     return Expression(text, root, frozenset(parser.names))
+
+
+def _refuse_deep(root: Node, text: str) -> None:
+    """Refuse a tree that the walker could not walk; long sums are trees as deep as they are long."""
+    level: list[Node] = [root]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return
+    raise ExpressionError("nested too deeply", text, level[0].column)
+
+
+def _children(node: Node) -> tuple[Node, ...]:
+    match node:
+        case Items(items=items):
+            return items
+        case Subscript(base=base, index=index):
+            return (base, index)
+        case Call(arguments=nodes) | Operation(operands=nodes):
+            return nodes
+    return ()
 
 
 def _tokens(text: str) -> Iterator[_Token]:
@@ -157,7 +192,9 @@ def _tokens(text: str) -> Iterator[_Token]:
         match = _TOKEN.match(text, position)
         if match is None:
             column = position + len(text[position:]) - len(text[position:].lstrip()) + 1
-            raise ExpressionError(f"unexpected '{text[column - 1]}'", text, column)
+            found = text[column - 1]
+            message = "a string is not closed" if found in "'\"" else f"unexpected '{found}'"
+            raise ExpressionError(message, text, column)
         kind = match.lastgroup or ""
         word = match.group(kind)
         yield _Token("symbol" if word in _WORDS else kind, word, match.start(kind) + 1)
@@ -166,11 +203,13 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 
 class _Parser:
+    """Precedence climbing: `test(level)` reads everything that binds at least as strongly as `level`."""
+
     def __init__(self, text: str, tokens: list[_Token]) -> None:
         self.text, self.tokens = text, tokens
         self.position = 0
-        self.depth = 0
-        self.names: set[str] = set()
+        self.nesting = 0
+        self.names: set[Place] = set()
 
     @property
     def token(self) -> _Token:
@@ -196,64 +235,46 @@ class _Parser:
             found = f"'{self.token.text}'" if self.token.text else "the end"
             raise self.error(f"expected '{symbol}', found {found}")
 
-    def left(self, symbols: Sequence[str], part: Callable[[], Node]) -> Node:
-        node = part()
-        while sign := self.take(*symbols):
-            node = Operation(sign.text, (node, part()), sign.column)
-        return node
-
-    def deeper(self, part: Callable[[], Node]) -> Node:
-        """One level of recursion further down, within the limit."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
+    def test(self, level: int = 0) -> Node:
+        self.nesting += 1
+        if self.nesting > MAX_NESTING:
             raise self.error("nested too deeply")
-        node = part()
-        self.depth -= 1
-        return node
-
-    def test(self) -> Node:
-        return self.deeper(lambda: self.left(["or"], lambda: self.left(["and"], self.negation)))
-
-    def negation(self) -> Node:
-        signs = []
-        while sign := self.take("not"):
-            signs.append(sign)
-        node = self.comparison()
-        for sign in reversed(signs):
-            node = Operation("not", (node,), sign.column)
-        return node
-
-    def comparison(self) -> Node:
-        left = self.sum()
-        parts: list[Node] = []
-        while sign := self.take(*_COMPARISONS, "not"):
+        left = self.signed(level)
+        chained: Node | None = None  # the value in the middle of a < b < c
+        while (sign := self.between(level)) is not None:
             symbol = sign.text
             if symbol == "not":
                 self.expect("in")
                 symbol = "not in"
-            right = self.sum()
-            parts.append(Operation(symbol, (left, right), sign.column))
-            left = right
-        if not parts:
-            return left
-        node = parts[0]
-        for part in parts[1:]:  # a < b < c reads as a < b and b < c
-            node = Operation("and", (node, part), part.column)
-        return node
+            right = self.test(_LEVELS[symbol] + 1)
+            if chained is not None and symbol in _COMPARISONS:  # a < b < c reads as a < b and b < c
+                left = Operation("and", (left, Operation(symbol, (chained, right), sign.column)), sign.column)
+            else:
+                left = Operation(symbol, (left, right), sign.column)
+            chained = right if symbol in _COMPARISONS else None
+        self.nesting -= 1
+        return left
 
-    def sum(self) -> Node:
-        return self.left(["+", "-"], lambda: self.left(["*", "/", "//", "%"], self.unary))
+    def between(self, level: int) -> _Token | None:
+        """The next sign between two values, if it binds strongly enough."""
+        text = "not in" if self.token.text == "not" else self.token.text
+        if self.token.kind != "symbol" or _LEVELS.get(text, -1) < max(level, 1):
+            return None
+        self.position += 1
+        return self.tokens[self.position - 1]
 
-    def unary(self) -> Node:
+    def signed(self, level: int) -> Node:
+        if sign := self.take("not"):
+            if level > 3:
+                self.position -= 1
+                raise self.error("expected a value, found 'not'")
+            return Operation("not", (self.test(3),), sign.column)
         if sign := self.take("-", "+"):
-            node = self.deeper(self.unary)
-            return node if sign.text == "+" else Operation("negate", (node,), sign.column)
-        return self.power()
-
-    def power(self) -> Node:
+            node = self.test(7)
+            return node if sign.text == "+" else Operation("-", (node,), sign.column)
         base = self.postfix()
         if sign := self.take("**"):
-            return Operation("**", (base, self.deeper(self.unary)), sign.column)
+            return Operation("**", (base, self.test(7)), sign.column)
         return base
 
     def postfix(self) -> Node:
@@ -261,8 +282,18 @@ class _Parser:
         while sign := self.take("["):
             index = self.test()
             self.expect("]")
-            node = Subscript(node, index, sign.column)
+            if isinstance(node, Name) and isinstance(index, Constant) and isinstance(index.value, str):
+                node = Name((*node.place, index.value), node.column)
+            else:
+                self.read(node)
+                node = Subscript(node, index, sign.column)
+        self.read(node)
         return node
+
+    def read(self, node: Node) -> None:
+        """Remember a name that is complete: `data.mix["web"]` reads one part, not the whole mix."""
+        if isinstance(node, Name):
+            self.names.add(node.place)
 
     def atom(self) -> Node:
         token = self.token
@@ -274,20 +305,24 @@ class _Parser:
             return Items(self.arguments("]"), token.column)
         if word := self.take("true", "false"):
             return Constant(word.text == "true", token.column)
-        self.position += token.kind != "end"
+        if token.kind in ("symbol", "end"):
+            raise self.error(f"expected a value, found {repr(token.text) if token.text else 'the end'}")
+        self.position += 1
         if token.kind == "number":
-            return Constant(_number(token.text), token.column)
+            return Constant(self.number(token), token.column)
         if token.kind == "string":
             return Constant(token.text[1:-1], token.column)
-        if token.kind == "name":
-            return self.name_or_call(token)
-        self.position -= token.kind != "end"
-        raise self.error(f"expected a value, found '{token.text}'" if token.text else "expected a value, found the end")
+        return self.name_or_call(token)
+
+    def number(self, token: _Token) -> int | float:
+        value = _number(token.text)
+        if not _finite(value):
+            raise ExpressionError("number is too large", self.text, token.column)
+        return value
 
     def name_or_call(self, token: _Token) -> Node:
         if not self.take("("):
-            self.names.add(token.text)
-            return Name(token.text, token.column)
+            return Name(tuple(token.text.split(".")), token.column)
         if token.text not in FUNCTIONS:
             close = nearest(token.text, FUNCTIONS)
             advice = f"; did you mean '{close}'?" if close else f"; there are {', '.join(sorted(FUNCTIONS))}"
@@ -295,8 +330,8 @@ class _Parser:
         arguments = self.arguments(")")
         least, most = FUNCTIONS[token.text].arity
         if not least <= len(arguments) <= most:
-            wanted = str(least) if least == most else f"{least} or more"
-            message = f"{token.text}() takes {wanted} arguments, got {len(arguments)}"
+            wanted = f"{least} argument{'s' if least > 1 else ''}" if least == most else f"{least} or more arguments"
+            message = f"{token.text}() takes {wanted}, got {len(arguments)}"
             raise ExpressionError(message, self.text, token.column)
         return Call(token.text, arguments, token.column)
 
@@ -329,63 +364,82 @@ class _Walker:
         match node:
             case Constant(value=value):
                 return value
-            case Name(name=name, column=column):
-                return self.named(name, column)
+            case Name(place=place, column=column):
+                return self.named(place, column)
             case Items(items=items):
                 return [self.value(item) for item in items]
             case Subscript():
                 return self.subscript(node)
             case Call(function=function, arguments=arguments, column=column):
                 values = [self.value(argument) for argument in arguments]
-                return self.guard(column, lambda: FUNCTIONS[function].call(*values), f"{function}()")
+                return self.guard(column, FUNCTIONS[function].call, values, f"{function}()")
             case Operation(symbol="and" | "or" as symbol, operands=(left, right)):
-                first = self.truth(left)
-                return self.truth(right) if first == (symbol == "and") else first
+                return self.both(symbol, left, right)
             case Operation(symbol="not", operands=(operand,)):
-                return not self.truth(operand)
+                truth = self.truth(operand)
+                return [not one for one in truth] if isinstance(truth, list) else not truth
             case Operation(symbol=symbol, operands=operands, column=column):
                 values = [self.value(operand) for operand in operands]
-                return self.guard(column, lambda: OPERATORS[symbol](*values), f"'{symbol}'")
+                operation = OPERATORS[symbol] if len(values) == 2 else _negate
+                return self.guard(column, operation, values, f"'{symbol}'")
 
-    def named(self, name: str, column: int) -> Any:
+    def named(self, place: Place, column: int) -> Any:
         try:
-            return self.lookup(name)
+            return self.lookup(place)
         except KeyError:
-            raise ExpressionError(f"unknown name '{name}'", self.text, column) from None
+            raise ExpressionError(f"unknown name '{'.'.join(place)}'", self.text, column) from None
 
     def subscript(self, node: Subscript) -> Any:
         base, index = self.value(node.base), self.value(node.index)
         try:
             return base[index]
         except (KeyError, IndexError, TypeError):
-            raise ExpressionError(f"{_show(base)} has no item {_show(index)}", self.text, node.column) from None
+            raise ExpressionError(f"{shown(base)} has no item {shown(index)}", self.text, node.column) from None
 
-    def truth(self, node: Node) -> bool:
+    def both(self, symbol: str, left: Node, right: Node) -> bool | list[bool]:
+        """`and` and `or`; the right side is looked at only where the left one does not decide."""
+        first = self.truth(left)
+        if isinstance(first, bool) and first == (symbol == "or"):
+            return first
+        second = self.truth(right)
+        if isinstance(first, bool) and isinstance(second, bool):
+            return second
+        join = operator.and_ if symbol == "and" else operator.or_
+        joined: list[bool] = self.guard(right.column, _item_by_item(join), [first, second], f"'{symbol}'")
+        return joined
+
+    def truth(self, node: Node) -> bool | list[bool]:
         value = self.value(node)
-        if not isinstance(value, bool):
-            raise ExpressionError(f"must be true or false, is {_show(value)}", self.text, node.column)
-        return value
+        if isinstance(value, bool) or (isinstance(value, list) and all(isinstance(item, bool) for item in value)):
+            return value
+        raise ExpressionError(f"must be true or false, is {shown(value)}", self.text, node.column)
 
-    def guard(self, column: int, compute: Callable[[], Any], what: str) -> Any:
+    def guard(self, column: int, function: Callable[..., Any], values: list[Any], what: str) -> Any:
         try:
-            result = compute()
+            result = function(*values)
         except ZeroDivisionError:
             raise ExpressionError("division by zero", self.text, column) from None
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ExpressionError(f"{what}: {error}", self.text, column) from None
-        if isinstance(result, float) and not math.isfinite(result):
-            raise ExpressionError(f"{what} gives a number that is not finite", self.text, column)
+        except OverflowError:
+            raise ExpressionError(f"{what} gives a number that is too large", self.text, column) from None
+        except (TypeError, ValueError) as error:
+            raise ExpressionError(f"{what} {error}", self.text, column) from None
+        if not _finite(result):
+            raise ExpressionError(f"{what} gives a number that is too large", self.text, column)
         return result
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _finite(value: Any) -> bool:
+    """Whether a value holds no number that JSON cannot carry and no whole number beyond reason."""
+    if isinstance(value, list):
+        return all(_finite(item) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or value.bit_length() <= MAX_BITS
 
 
 def _numeric(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"needs numbers, got {_show(value)}")
+        raise TypeError(f"needs numbers, got {shown(value)}")
     return value
 
 
@@ -418,18 +472,23 @@ def _order(function: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    if abs(base) > 1 and math.log2(abs(base)) * abs(exponent) > _MAX_BITS:
-        raise OverflowError("the power is too large")
+    if abs(base) > 1 and math.log2(abs(base)) * exponent > MAX_BITS:
+        raise OverflowError
     result = base**exponent
     if isinstance(result, complex):
-        raise ValueError("a root of a negative number")
+        raise ValueError("would take a root of a negative number")
     return result
 
 
-def _contains(item: Any, items: Any) -> bool:
+def _contains(item: Any, items: Any) -> bool | list[bool]:
     if not isinstance(items, list):
-        raise TypeError(f"needs a list on its right, got {_show(items)}")
-    return item in items
+        raise TypeError(f"needs a list on its right, got {shown(items)}")
+    return [one in items for one in item] if isinstance(item, list) else item in items
+
+
+def _lacks(item: Any, items: Any) -> bool | list[bool]:
+    found = _contains(item, items)
+    return [not one for one in found] if isinstance(found, list) else not found
 
 
 def _negate(value: Any) -> Any:
@@ -451,14 +510,15 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     ">": _order(operator.gt),
     ">=": _order(operator.ge),
     "in": _contains,
-    "not in": lambda item, items: not _contains(item, items),
-    "negate": _negate,
+    "not in": _lacks,
 }
 
 
 def _numbers(values: tuple[Any, ...]) -> list[int | float]:
     """The arguments of min, max and sum: one list, or several numbers."""
     items = values[0] if len(values) == 1 and isinstance(values[0], list) else list(values)
+    if not items:
+        raise ValueError("needs at least one number, got an empty list")
     return [_numeric(item) for item in items]
 
 
@@ -467,7 +527,7 @@ def _truths(items: Any) -> list[bool]:
     layer."""
     items = [items] if isinstance(items, bool) else items
     if not isinstance(items, list) or not all(isinstance(item, bool) for item in items):
-        raise TypeError(f"needs truths, got {_show(items)}")
+        raise TypeError(f"needs truths, got {shown(items)}")
     return items
 
 
@@ -489,7 +549,7 @@ def _round_to(value: Any, step: Any) -> Any:
 
 def _length(value: Any) -> int:
     if not isinstance(value, list | dict | str):
-        raise TypeError(f"needs a list, got {_show(value)}")
+        raise TypeError(f"needs a list, got {shown(value)}")
     return len(value)
 
 
@@ -504,7 +564,7 @@ _MANY = 1000
 FUNCTIONS: dict[str, Function] = {
     "min": Function(lambda *values: min(_numbers(values)), (1, _MANY)),
     "max": Function(lambda *values: max(_numbers(values)), (1, _MANY)),
-    "sum": Function(lambda *values: sum(_numbers(values)), (1, _MANY)),
+    "sum": Function(lambda *values: sum(_numbers(values)) if values != ([],) else 0, (1, _MANY)),
     "abs": Function(_each(abs)),
     "round": Function(_each(lambda value: math.floor(value + 0.5))),
     "round_to": Function(_round_to, (2, 2)),

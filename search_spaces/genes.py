@@ -15,14 +15,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
 from search_spaces import simplex
 from search_spaces.errors import Path, dotted
-from search_spaces.expressions import Expression, Lookup
-from search_spaces.genome import canonical_json
+from search_spaces.expressions import Expression, ExpressionError, Lookup
+from search_spaces.genome import canonical_json, shown
 
 Rng = np.random.Generator
 
@@ -34,13 +35,16 @@ SIMPLEX_SCALE = 0.5
 
 SIGNIFICANT_DIGITS = 6
 
+LARGEST_INTEGER = 2**53
+"""Whole numbers up to here are exact as floats, in JSON and in every tool that reads it."""
+
 TRANSFERS = ("identity", "law", "width", "shape", "none")
 """How a gene's best value carries over from a proxy to the full size."""
 
 
-def rounded(value: float) -> float:
+def rounded(value: float, digits: int = SIGNIFICANT_DIGITS) -> float:
     """A float to the digits that genomes keep: short in files, and exact in round trips through the unit interval."""
-    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    return float(f"{value:.{digits}g}")
 
 
 def reflect(unit: float) -> float:
@@ -76,6 +80,10 @@ class Gene(ABC):
 
     def fit(self, value: Any, rng: Rng | None) -> Any:
         """A value of some genome, made legal for this (sized) gene while keeping what can stay."""
+        return value
+
+    def normal(self, value: Any) -> Any:
+        """The one spelling of a legal value: what a person wrote as 1 is 1.0 for a gene of real numbers."""
         return value
 
     @property
@@ -150,20 +158,30 @@ class NumberGene(Gene):
             return 1
         return math.inf if self.steps is None else self.steps + 1
 
+    @cached_property
+    def _logs(self) -> tuple[float, float]:
+        """The ends of the logarithmic scale: with steps half a step beyond the bounds, so that each value has its
+        share of the scale, the first and the last too."""
+        if self.step is None:
+            return math.log(self.low), math.log(self.high)
+        return math.log(max(self.low - self.step / 2, self.low / 2)), math.log(self.high + self.step / 2)
+
     def encode(self, value: Any) -> list[float]:
         if self.low == self.high:
             return [0.5]
         if self.log:
-            return [(math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))]
+            low, high = self._logs
+            return [(math.log(value) - low) / (high - low)]
         return [(value - self.low) / (self.high - self.low)]
 
     def decode(self, units: Sequence[float]) -> Any:
         unit = min(1.0, max(0.0, float(units[0])))
+        if self.low == self.high:
+            return self.legal(self.low)
         if self.log:
-            value = math.exp(math.log(self.low) + unit * (math.log(self.high) - math.log(self.low)))
-        else:
-            value = self.low + unit * (self.high - self.low)
-        return self.legal(value)
+            low, high = self._logs
+            return self.legal(math.exp(low + unit * (high - low)))
+        return self.legal(self.low + unit * (self.high - self.low))
 
     def legal(self, value: float) -> Any:
         """The nearest legal value."""
@@ -178,7 +196,7 @@ class NumberGene(Gene):
 
     def sample(self, rng: Rng) -> Any:
         if self.steps is not None and not self.log:
-            return self.legal(self.low + int(rng.integers(self.steps + 1)) * (self.step or 0))
+            return self.legal(self.low + int(rng.integers(self.steps, endpoint=True)) * (self.step or 0))
         return self.decode([rng.random()])
 
     def mutate(self, value: Any, rng: Rng) -> Any:
@@ -205,7 +223,7 @@ class NumberGene(Gene):
 
     def problem(self, value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"must be a number, is {canonical_json(value)}"
+            return f"must be a number, is {shown(value)}"
         if not self.low <= value <= self.high:
             return f"must lie in [{self.low:g}, {self.high:g}], is {value:g}"
         if not math.isclose(self.legal(value), value, rel_tol=1e-9, abs_tol=1e-12):
@@ -227,8 +245,18 @@ class FloatGene(NumberGene):
 
     kind: ClassVar[str] = "float"
 
+    @cached_property
+    def _digits(self) -> int:
+        """Digits that tell a millionth of the range apart, also where the range is narrow."""
+        if self.step is not None or self.low == self.high:
+            return 12
+        return SIGNIFICANT_DIGITS + max(0, math.ceil(math.log10(max(-self.low, self.high) / (self.high - self.low))))
+
     def typed(self, value: float) -> float:
-        return min(self.high, max(self.low, rounded(value)))
+        return float(min(self.high, max(self.low, rounded(value, self._digits))))
+
+    def normal(self, value: Any) -> float:
+        return float(value)
 
     def problem(self, value: Any) -> str | None:
         # A value given by hand may have more digits than the ones that evolm draws.
@@ -248,13 +276,13 @@ class IntGene(NumberGene):
     def typed(self, value: float) -> int:
         return round(value)
 
+    def normal(self, value: Any) -> int:
+        return int(value)
+
     def problem(self, value: Any) -> str | None:
-        if isinstance(value, float):
+        if isinstance(value, float) and not value.is_integer():
             return f"must be a whole number, is {value:g}"
         return super().problem(value)
-
-    def encode(self, value: Any) -> list[float]:
-        return super().encode(int(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,15 +301,19 @@ class ChoiceGene(Gene):
     def cardinality(self) -> float:
         return len(self.items)
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {canonical_json(item): place for place, item in enumerate(self.items)}
+
     def index(self, value: Any) -> int:
-        """Where the value stands among the items; ValueError when it is none of them. `1`, `1.0` and `true` differ."""
-        return [canonical_json(item) for item in self.items].index(canonical_json(value))
+        """Where the value stands among the items; KeyError when it is none of them. `1`, `1.0` and `true` differ."""
+        return self._places[canonical_json(value)]
 
     def problem(self, value: Any) -> str | None:
         try:
             self.index(value)
-        except ValueError:
-            return f"must be one of {canonical_json(list(self.items))}, is {canonical_json(value)}"
+        except (KeyError, ValueError, TypeError):
+            return f"must be one of {shown(list(self.items), 120)}, is {shown(value)}"
         return None
 
     def sample(self, rng: Rng) -> Any:
@@ -330,9 +362,11 @@ class SimplexGene(Gene):
 
     @property
     def cardinality(self) -> float:
-        return math.inf if len(self.names) > 1 else 1
+        free = [low for low, high in zip(self.floor, self.ceiling, strict=True) if low < high]
+        pinned = len(free) < 2 or sum(self.floor) > 1 - 1e-9 or sum(self.ceiling) < 1 + 1e-9
+        return 1 if pinned else math.inf
 
-    @property
+    @cached_property
     def bounds(self) -> tuple[simplex.Weights, simplex.Weights]:
         """Floors and ceilings as arrays."""
         return np.array(self.floor), np.array(self.ceiling)
@@ -345,10 +379,10 @@ class SimplexGene(Gene):
 
     def problem(self, value: Any) -> str | None:
         if not isinstance(value, Mapping) or set(value) != set(self.names):
-            return f"must give a weight to each of {', '.join(self.names)}, is {canonical_json(value)}"
+            return f"must give a weight to each of {', '.join(self.names)}, is {shown(value)}"
         for name, floor, ceiling in zip(self.names, self.floor, self.ceiling, strict=True):
             if not _within(value[name], floor - 1e-9, ceiling + 1e-9):
-                return f"weight of {name} must lie in [{floor:g}, {ceiling:g}], is {canonical_json(value[name])}"
+                return f"weight of {name} must lie in [{floor:g}, {ceiling:g}], is {shown(value[name])}"
         total = sum(value.values())
         return None if math.isclose(total, 1.0, abs_tol=1e-6) else f"weights must sum to 1, sum to {total:g}"
 
@@ -387,6 +421,9 @@ class SimplexGene(Gene):
             return self._values(simplex.rounded(weights, floor, ceiling))
         return self._values(simplex.project(weights, floor, ceiling))
 
+    def normal(self, value: Any) -> dict[str, float]:
+        return self.decode(self.encode(value))
+
     def distance(self, one: Any, other: Any) -> float:
         # Total variation: the share of the data that would have to come from elsewhere.
         return float(np.abs(self._weights(one) - self._weights(other)).sum()) / 2
@@ -413,7 +450,11 @@ class ListGene(Gene):
     def sized(self, lookup: Lookup) -> ListGene:
         if isinstance(self.length, int):
             return self
-        return replace(self, length=int(self.length.evaluate(lookup)))
+        length = self.length.evaluate(lookup)
+        whole = isinstance(length, int) and not isinstance(length, bool)
+        if not whole or not 1 <= length <= self.longest:
+            raise ExpressionError(f"must be a length from 1 to {self.longest}, is {shown(length)}", self.length.text)
+        return replace(self, length=length)
 
     @property
     def count(self) -> int:
@@ -439,7 +480,7 @@ class ListGene(Gene):
 
     def problem(self, value: Any) -> str | None:
         if not isinstance(value, list):
-            return f"must be a list, is {canonical_json(value)}"
+            return f"must be a list, is {shown(value)}"
         if len(value) != self.count:
             return f"must have {self.count} items, has {len(value)}"
         found = ((i, self.item.problem(item)) for i, item in enumerate(value))
@@ -453,6 +494,9 @@ class ListGene(Gene):
         if self.count:
             chosen[int(rng.integers(self.count))] = True
         return [self.item.mutate(v, rng) if hit else v for v, hit in zip(value, chosen, strict=True)]
+
+    def normal(self, value: Any) -> list[Any]:
+        return [self.item.normal(item) for item in value]
 
     def cross(self, one: Any, other: Any, rng: Rng) -> list[Any]:
         return [self.item.cross(a, b, rng) for a, b in zip(one, other, strict=True)]

@@ -42,6 +42,15 @@ class Genome:
         return values
 
 
+def shown(value: Any, longest: int = 60) -> str:
+    """A value for a message: as JSON where it is JSON, and cut where it is long."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def get(values: Any, path: Path) -> Any:
     """The value at `path` of a nested structure; KeyError names the path that is missing."""
     for part in path:

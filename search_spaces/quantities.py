@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 SUFFIXES: dict[str, int] = {
     "K": 10**3,
@@ -27,23 +28,24 @@ def parse_quantity(text: str) -> int | float | None:
     if not _QUANTITY.fullmatch(text):
         return None
     number, suffix = re.split(r"(?=[KMBTG])", text, maxsplit=1)
-    value = float(number) * SUFFIXES[suffix]
-    return int(value) if value.is_integer() else value
+    value = Fraction(number) * SUFFIXES[suffix]  # exact: 8.2 times a million is no whole number in floats
+    return value.numerator if value.denominator == 1 else float(value)
 
 
 def format_count(value: float) -> str:
     """A count with at most three significant digits: 1234567 as `1.23M`."""
-    size = abs(value)
-    for suffix in ("T", "B", "M", "K"):
-        if size >= SUFFIXES[suffix] * 0.9995:
-            return f"{value / SUFFIXES[suffix]:.3g}{suffix}"
-    return f"{value:.4g}"
+    return _format(value, ("", "K", "M", "B", "T"), 1000.0)
 
 
 def format_bytes(value: float) -> str:
     """A number of bytes with at most three significant digits: 1536 as `1.5KiB`."""
-    size = abs(value)
-    for suffix in ("TiB", "GiB", "MiB", "KiB"):
-        if size >= SUFFIXES[suffix]:
-            return f"{value / SUFFIXES[suffix]:.3g}{suffix}"
-    return f"{value:.0f}B"
+    return _format(value, ("B", "KiB", "MiB", "GiB", "TiB"), 1024.0)
+
+
+def _format(value: float, suffixes: tuple[str, ...], step: float) -> str:
+    """The value with the largest suffix of which it holds at least one."""
+    size = 0
+    while abs(value) >= 0.9995 * step and size < len(suffixes) - 1:
+        value, size = value / step, size + 1
+    text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+    return text + suffixes[size]

@@ -12,9 +12,10 @@ import numpy as np
 
 from search_spaces import simplex
 from search_spaces.errors import Path, Problems
-from search_spaces.expressions import Expression, ExpressionError, parse
+from search_spaces.expressions import Expression, ExpressionError, Place, parse
 from search_spaces.genes import (
     KINDS,
+    LARGEST_INTEGER,
     TRANSFERS,
     ChoiceGene,
     FloatGene,
@@ -24,10 +25,12 @@ from search_spaces.genes import (
     NumberGene,
     SimplexGene,
 )
-from search_spaces.genome import canonical_json
+from search_spaces.genome import canonical_json, shown
 
 MAX_ITEMS = 10_000
 MAX_LIST = 1_024
+MAX_NODES = 1_000
+"""Genes and derived values of one space."""
 
 _COMMON = ("baseline", "when", "default", "transfer")
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -54,7 +57,7 @@ def read_expression(text: Any, path: Path, problems: Problems) -> Expression | N
     if isinstance(text, bool | int | float):
         text = canonical_json(text)
     if not isinstance(text, str):
-        problems.add(path, f"must be an expression, is {canonical_json(text)}", value=text)
+        problems.add(path, f"must be an expression, is {shown(text)}", value=text)
         return None
     try:
         return parse(text)
@@ -80,7 +83,8 @@ def read_gene(spec: Mapping[str, Any], path: Path, problems: Problems) -> Gene |
     kind = kinds[0]
     for option in spec:
         if option != kind and option not in OPTIONS[kind]:
-            problems.unknown((*path, option), option, OPTIONS[kind], f"option of a {kind} gene")
+            article = "an" if kind == "int" else "a"
+            problems.unknown((*path, option), option, OPTIONS[kind], f"option of {article} {kind} gene")
     gene = _READERS[kind](spec, path, problems)
     if gene is None:
         return None
@@ -108,22 +112,21 @@ def _with_condition(gene: Gene, spec: Mapping[str, Any], problems: Problems) -> 
         if words := gene.problem(spec["baseline"]):
             problems.add((*path, "baseline"), words, value=spec["baseline"])
         else:
-            baseline = spec["baseline"]
-            fields["baseline"] = gene.typed(baseline) if isinstance(gene, IntGene) else baseline
+            fields["baseline"] = gene.normal(spec["baseline"])
     return replace(gene, **fields)
 
 
 def _flag(spec: Mapping[str, Any], option: str, path: Path, problems: Problems) -> bool:
     value = spec.get(option, False)
     if not isinstance(value, bool):
-        problems.add((*path, option), f"must be true or false, is {canonical_json(value)}", value=value)
+        problems.add((*path, option), f"must be true or false, is {shown(value)}", value=value)
         return False
     return value
 
 
 def _number(value: Any, path: Path, problems: Problems, *, whole: bool = False) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        problems.add(path, f"must be a {'whole ' if whole else ''}number, is {canonical_json(value)}", value=value)
+        problems.add(path, f"must be a {'whole ' if whole else ''}number, is {shown(value)}", value=value)
         return None
     if whole and isinstance(value, float):
         if not value.is_integer():
@@ -137,7 +140,7 @@ def _read_number(spec: Mapping[str, Any], path: Path, problems: Problems) -> Num
     kind = "int" if "int" in spec else "float"
     bounds = spec[kind]
     if not isinstance(bounds, list) or len(bounds) != 2:
-        problems.add((*path, kind), f"must be [low, high], is {canonical_json(bounds)}", value=bounds)
+        problems.add((*path, kind), f"must be [low, high], is {shown(bounds)}", value=bounds)
         return None
     read = [_number(b, (*path, kind, i), problems, whole=kind == "int") for i, b in enumerate(bounds)]
     low, high = read
@@ -147,6 +150,11 @@ def _read_number(spec: Mapping[str, Any], path: Path, problems: Problems) -> Num
         rule = f"low <= high must hold, got [{low:g}, {high:g}]"
         problems.add((*path, kind), rule, value=bounds, help=f"did you mean [{high:g}, {low:g}]?")
         return None
+    if kind == "int" and max(-low, high) > LARGEST_INTEGER:
+        problems.add((*path, kind), "whole numbers of a gene end at 2^53", value=bounds)
+        return None
+    if kind == "float":
+        low, high = float(low), float(high)
     log = _flag(spec, "log", path, problems)
     if log and low <= 0:
         problems.add((*path, kind, 0), f"low > 0 must hold on a logarithmic scale, got {low:g}", value=low)
@@ -162,13 +170,14 @@ def _read_number(spec: Mapping[str, Any], path: Path, problems: Problems) -> Num
             return None
     gene_type = IntGene if kind == "int" else FloatGene
     gene = gene_type(path=path, baseline=None, low=low, high=high, step=step, log=log)
-    return replace(gene, baseline=gene.decode([0.5]))
+    middle = math.sqrt(low * high) if log else (low + high) / 2
+    return replace(gene, baseline=gene.legal(middle))
 
 
 def _read_choice(spec: Mapping[str, Any], path: Path, problems: Problems) -> ChoiceGene | None:
     items = spec["choice"]
     if not isinstance(items, list) or not items:
-        problems.add((*path, "choice"), f"must be a list of at least one item, is {canonical_json(items)}", value=items)
+        problems.add((*path, "choice"), f"must be a list of at least one item, is {shown(items)}", value=items)
         return None
     if len(items) > MAX_ITEMS:
         problems.add((*path, "choice"), f"has {len(items)} items, {MAX_ITEMS} are the most", help="use int or float")
@@ -179,6 +188,8 @@ def _read_choice(spec: Mapping[str, Any], path: Path, problems: Problems) -> Cho
         if text in seen:
             problems.add((*path, "choice", i), f"item {text} is given twice", value=item)
         seen[text] = i
+        if hides_gene(item):
+            problems.add((*path, "choice", i), "a gene cannot stand inside an item of a choice", value=item)
     ordered = _flag(spec, "ordered", path, problems)
     return ChoiceGene(path=path, baseline=items[0], items=tuple(items), ordered=ordered)
 
@@ -186,10 +197,11 @@ def _read_choice(spec: Mapping[str, Any], path: Path, problems: Problems) -> Cho
 def _read_simplex(spec: Mapping[str, Any], path: Path, problems: Problems) -> SimplexGene | None:
     given = spec["simplex"]
     here = (*path, "simplex")
+    weighted = isinstance(given, Mapping)  # names alone leave the weights to us
     if isinstance(given, list) and all(isinstance(name, str) for name in given) and len(set(given)) == len(given):
         given = dict.fromkeys(given, 1.0)
     if not isinstance(given, Mapping) or not given:
-        problems.add(here, f"must be a mapping of names to weights, is {canonical_json(given)}", value=given)
+        problems.add(here, f"must be a mapping of names to weights, is {shown(given)}", value=given)
         return None
     weights = [_number(weight, (*here, name), problems) for name, weight in given.items()]
     if any(weight is None for weight in weights):
@@ -210,7 +222,7 @@ def _read_simplex(spec: Mapping[str, Any], path: Path, problems: Problems) -> Si
     share = numbers / numbers.sum()
     gene = SimplexGene(path=path, baseline=None, names=names, floor=tuple(floor), ceiling=tuple(ceiling))
     for name, weight, low, high in zip(names, share, floor, ceiling, strict=True):
-        if not low - 1e-9 <= weight <= high + 1e-9:
+        if weighted and "baseline" not in spec and not low - 1e-6 <= weight <= high + 1e-6:
             rule = f"weight {weight:g} of {name} is outside its bounds [{low:g}, {high:g}]"
             problems.add((*here, name), rule, value=float(weight), help="the weights given are the baseline")
     return replace(gene, baseline=gene.decode(list(share)))
@@ -233,9 +245,9 @@ def _bounds(
         return None
     bounds = np.array(each, dtype=np.float64)
     if np.any(bounds < 0) or np.any(bounds > 1):
-        problems.add(here, f"must lie in [0, 1], is {canonical_json(given)}", value=given)
+        problems.add(here, f"must lie in [0, 1], is {shown(given)}", value=given)
         return None
-    return bounds
+    return simplex.snapped(bounds)
 
 
 def _read_list(spec: Mapping[str, Any], path: Path, problems: Problems) -> ListGene | None:
@@ -262,13 +274,25 @@ def _read_list(spec: Mapping[str, Any], path: Path, problems: Problems) -> ListG
         parsed = read_expression(length, (*path, "length"), problems)
     if item is None or parsed is None:
         return None
-    baseline = spec.get("baseline", item.baseline)
-    entries = baseline if isinstance(baseline, list) else [baseline]
-    for i, entry in enumerate(entries):
-        if words := item.problem(entry):
-            problems.add((*path, "baseline", i) if baseline is entries else (*path, "baseline"), words, value=entry)
+    entries = _list_baseline(spec, item, path, problems)
     longest = parsed if isinstance(parsed, int) else 0  # a space fills it in when it knows the int gene
     return ListGene(path=path, baseline=entries, item=item, length=parsed, longest=longest)
+
+
+def _list_baseline(spec: Mapping[str, Any], item: Gene, path: Path, problems: Problems) -> list[Any]:
+    """The items that a list's baseline begins with; where none is given, or a single one, it is repeated."""
+    if "baseline" not in spec:
+        return [item.baseline]
+    given = spec["baseline"]
+    if item.problem(given) is None:  # an item of a choice may itself be a list
+        return [item.normal(given)]
+    if not isinstance(given, list) or not given:
+        problems.add((*path, "baseline"), item.problem(given) or "must not be empty", value=given)
+        return [item.baseline]
+    for i, entry in enumerate(given):
+        if words := item.problem(entry):
+            problems.add((*path, "baseline", i), words, value=entry)
+    return given
 
 
 _READERS = {
@@ -280,26 +304,52 @@ _READERS = {
 }
 
 
+def hides_gene(node: Any) -> bool:
+    """Whether a gene or a derived value stands somewhere inside a value."""
+    if isinstance(node, Mapping):
+        return is_gene(node) or is_derived(node) or any(hides_gene(value) for value in node.values())
+    return isinstance(node, list) and any(hides_gene(item) for item in node)
+
+
 def longest_of(gene: ListGene, genes: Mapping[Path, Gene], fixed: Any, problems: Problems) -> int:
-    """The greatest length that a list gene can take: its number, or the upper bound of the gene it names."""
+    """The greatest length that a list gene can take: its number, or the largest value of the gene that it names.
+
+    Every value that the named gene can take, its default included, has to be a length.
+    """
     if isinstance(gene.length, int):
         return gene.length
-    named = next((g for g in genes.values() if g.name == gene.length.text), None)
-    bound: Any = named.high if isinstance(named, IntGene) else fixed
-    if isinstance(named, ChoiceGene) and all(isinstance(item, int) for item in named.items):
-        bound = max(named.items)
-    if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
+    place = (*gene.path, "length")
+    named = genes.get(next(iter(gene.length.names))) if gene.length.names == {_whole(gene.length)} else None
+    lengths: list[Any]
+    if isinstance(named, IntGene):
+        lengths = [named.low, named.high]
+    elif isinstance(named, ChoiceGene):
+        lengths = list(named.items)
+    else:
+        lengths = [fixed]
+    if named is not None and named.when is not None:
+        lengths.append(named.default)
+    if named is None and fixed is None:
+        ints = [other.name for other in genes.values() if isinstance(other, IntGene)]
+        problems.unknown(place, gene.length.text, ints, "length")
+        return 0
+    if any(isinstance(length, bool) or not isinstance(length, int) for length in lengths):
         rule = f"must be a number or the path of an int gene, is `{gene.length}`"
-        ints = [g.name for g in genes.values() if isinstance(g, IntGene)]
-        problems.add((*gene.path, "length"), rule, help=f"int genes here: {', '.join(ints)}" if ints else None)
+        ints = [other.name for other in genes.values() if isinstance(other, IntGene)]
+        problems.add(place, rule, help=f"int genes here: {', '.join(ints)}" if ints else None)
         return 0
-    if not 1 <= bound <= MAX_LIST:
-        problems.add((*gene.path, "length"), f"must lie in [1, {MAX_LIST}], can be {bound:g}")
+    if not 1 <= min(lengths) <= max(lengths) <= MAX_LIST:
+        problems.add(place, f"must lie in [1, {MAX_LIST}], can be {min(lengths)} to {max(lengths)}")
         return 0
-    return int(bound)
+    return int(max(lengths))
 
 
-def dependencies(gene: Gene) -> set[str]:
+def _whole(expression: Expression) -> tuple[str, ...]:
+    """The place that an expression reads when it is nothing but a name."""
+    return tuple(expression.text.strip().split("."))
+
+
+def dependencies(gene: Gene) -> set[Place]:
     """The names that must be known before the gene can be given a value."""
     names = set(gene.when.names) if gene.when is not None else set()
     if isinstance(gene, ListGene) and isinstance(gene.length, Expression):

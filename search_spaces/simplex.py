@@ -1,4 +1,8 @@
-"""Weights that sum to one, each between a floor and a ceiling: drawing, moving and rounding them without rejection."""
+"""Weights that sum to one, each between a floor and a ceiling: drawing, moving and rounding them without rejection.
+
+Weights are whole millionths: short in files, exact in round trips, finer than any data loader can draw. Floors and
+ceilings are too, so a rounded weight can always respect them.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,39 @@ from numpy.typing import NDArray
 
 Weights = NDArray[np.float64]
 
-DECIMALS = 6
-"""Weights are kept to a millionth: short in files, exact in round trips, finer than any data loader can draw."""
+UNITS = 1_000_000
+
+
+def snapped(bounds: Weights) -> Weights:
+    """Floors or ceilings to the nearest millionth."""
+    return _weights(np.round(bounds * UNITS).astype(np.int64))
+
+
+def _weights(units: NDArray[np.int64]) -> Weights:
+    """Millionths as the floats that are printed with six decimals."""
+    weights: Weights = np.round(units / UNITS, 6)
+    return weights
 
 
 def rounded(weights: Weights, floor: Weights, ceiling: Weights) -> Weights:
-    """The weights to `DECIMALS` places within their bounds, still summing to one.
+    """The weights to whole millionths within their (snapped) bounds, summing to exactly one million of them.
 
-    The remainder goes to the part with the most room for it. Rounding again changes nothing.
+    What rounding leaves over goes to the parts that lost most by it (largest remainder). Rounding again changes
+    nothing.
     """
-    result: Weights = np.clip(np.round(weights, DECIMALS), floor, ceiling)
-    remainder = 1.0 - float(result.sum())
-    if abs(remainder) > 1e-12:
-        part = int(np.argmax(ceiling - result if remainder > 0 else result - floor))
-        result[part] = min(ceiling[part], max(floor[part], round(float(result[part]) + remainder, 12)))
-    return result
+    low, high = np.round(floor * UNITS).astype(np.int64), np.round(ceiling * UNITS).astype(np.int64)
+    units = np.clip(np.round(weights * UNITS).astype(np.int64), low, high)
+    missing = UNITS - int(units.sum())
+    while missing:
+        step = 1 if missing > 0 else -1
+        room = units < high if step > 0 else units > low
+        lost = np.where(room, step * (weights * UNITS - units), -np.inf)
+        takers = np.argsort(-lost, kind="stable")[: min(abs(missing), int(room.sum()))]
+        if len(takers) == 0:  # the bounds leave no such weights: reading has told so
+            break
+        units[takers] += step
+        missing = UNITS - int(units.sum())
+    return _weights(units)
 
 
 def project(weights: Weights, floor: Weights, ceiling: Weights) -> Weights:
@@ -32,12 +54,15 @@ def project(weights: Weights, floor: Weights, ceiling: Weights) -> Weights:
     """
     positive = np.maximum(weights, 1e-12)
     low, high = 0.0, float(np.max(ceiling / positive)) + 1.0
-    for _ in range(100):
-        middle = (low + high) / 2
+    middle = high / 2
+    while low < middle < high:
         if np.clip(positive * middle, floor, ceiling).sum() < 1.0:
             low = middle
         else:
             high = middle
+        if high - low < 1e-12 * high:
+            break
+        middle = (low + high) / 2
     clipped: Weights = np.clip(positive * high, floor, ceiling)
     return rounded(clipped, floor, ceiling)
 
@@ -58,17 +83,24 @@ def draw(rng: np.random.Generator, floor: Weights, ceiling: Weights) -> Weights:
             weights[part] = rest
             break
         free = rest - floor[part] - floor[others].sum()
-        if free > 1e-12:
-            least = max(0.0, rest - ceiling[others].sum() - floor[part]) / free
-            most = min(1.0, (ceiling[part] - floor[part]) / free)
-            m = len(others)
-            f_least, f_most = 1 - (1 - min(least, 1.0)) ** m, 1 - (1 - most) ** m
-            share = 1 - (1 - rng.uniform(f_least, max(f_least, f_most))) ** (1 / m)
-        else:
-            share = 0.0
+        share = _share(
+            rng, rest, free, float(floor[part]), float(ceiling[part]), float(ceiling[others].sum()), len(others)
+        )
         weights[part] = floor[part] + max(0.0, free) * share
         rest -= weights[part]
     return rounded(weights, floor, ceiling)
+
+
+def _share(
+    rng: np.random.Generator, rest: float, free: float, floor: float, ceiling: float, ceilings: float, others: int
+) -> float:
+    """What one part takes of what is free, such that the other parts can hold the remainder."""
+    if free <= 1e-12:
+        return 0.0
+    least = min(1.0, max(0.0, rest - ceilings - floor) / free)
+    most = min(1.0, (ceiling - floor) / free)
+    below, above = 1 - (1 - least) ** others, 1 - (1 - most) ** others
+    return float(1 - (1 - rng.uniform(below, max(below, above))) ** (1 / others))
 
 
 def step(rng: np.random.Generator, weights: Weights, floor: Weights, ceiling: Weights, scale: float) -> Weights:

@@ -12,17 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search_spaces.errors import Path, Problem, Problems, SpaceError, dotted
-from search_spaces.expressions import Expression, ExpressionError, Lookup
+from search_spaces.expressions import Expression, ExpressionError, Lookup, Place
 from search_spaces.genes import Choose, Gene, ListGene, Rng
-from search_spaces.genome import Genome, Values, canonical_json, get, leaves
+from search_spaces.genome import Genome, Values, canonical_json, get, leaves, shown
 from search_spaces.reading import (
+    MAX_NODES,
     dependencies,
+    hides_gene,
     is_derived,
     is_gene,
     longest_of,
@@ -30,6 +33,8 @@ from search_spaces.reading import (
     read_expression,
     read_gene,
 )
+
+MAX_CONSTRAINTS = 100
 
 MAX_TRIES = 1_000
 """How many genomes are drawn, at most, in search of a feasible one."""
@@ -114,9 +119,16 @@ class Space:
         """Like `from_dict`, for a caller that has more to say: problems are noted, not raised; None when there are
         any."""
         before = len(problems.found)
-        nodes, template = _read_tree(genes, problems)
+        tree = _plain_json(genes, (), problems)
+        if len(problems.found) > before:
+            return None
+        nodes, template = _read_tree(tree, problems)
+        if len(nodes) > MAX_NODES or len(constraints) > MAX_CONSTRAINTS:
+            many = f"{len(nodes)} genes and derived values, {len(constraints)} constraints"
+            problems.add((), f"holds {many}; {MAX_NODES} and {MAX_CONSTRAINTS} are the most")
+            return None
         ordered = _in_order(nodes, template, problems)
-        conditions = _read_constraints(constraints, template, exact or {}, problems)
+        conditions = _read_constraints(constraints, nodes, template, exact or {}, problems)
         if len(problems.found) > before:
             return None
         space = cls(template=template, nodes=ordered, constraints=conditions, exact=exact, rule=rule)
@@ -151,8 +163,13 @@ class Space:
         return self._feasible(lambda: self.fill(lambda gene: gene.sample(rng)))
 
     def mutate(self, genome: Genome, rng: Rng) -> Genome:
-        """A feasible genome near the given one: one gene changed, each other with probability 1/n."""
+        """A feasible genome near the given one: one gene changed, each other with probability 1/n.
+
+        Raises SpaceError when there is no other genome, or none is found in `MAX_TRIES` draws.
+        """
         parent = genome.values()
+        if not self.genes:
+            raise SpaceError(Problem(path=(), rule="the space has no genes: it holds a single genome"))
 
         def propose() -> Genome:
             hits = rng.random(len(self.genes)) < 1 / max(1, len(self.genes))
@@ -209,7 +226,11 @@ class Space:
     def _feasible(self, propose: Callable[[], Genome], other_than: Genome | None = None) -> Genome:
         broken: Counter[str] = Counter()
         for _ in range(MAX_TRIES):
-            genome = propose()
+            try:
+                genome = propose()
+            except ExpressionError as error:  # a condition or derived value that these values leave without meaning
+                broken[error.text] += 1
+                continue
             if genome == other_than:
                 continue
             reasons = self.violations(genome)
@@ -230,16 +251,20 @@ class Space:
         if self.rule is not None and (words := self.rule(values)):
             return [("the recipe's own rules", words)]
         lookup = lookup_in(values, self.exact)
-        return [
-            (constraint.text, _seen(constraint.expression, lookup))
-            for constraint in self.constraints
-            if not constraint.expression.test(lookup)
-        ]
+        broken = []
+        for constraint in self.constraints:
+            try:
+                if not constraint.expression.test(lookup):
+                    broken.append((constraint.text, _seen(constraint.expression, lookup)))
+            except ExpressionError as error:  # no value at all for this genome: 1 / (x - 3) where x is 3
+                broken.append((constraint.text, error.message))
+        return broken
 
     def validate(self, genome: Genome | Mapping[str, Any]) -> None:
         """Check a complete genome: raises SpaceError with every illegal value and every constraint it breaks."""
         problems = Problems()
-        values = genome.values() if isinstance(genome, Genome) else dict(genome)
+        values = genome.values() if isinstance(genome, Genome) else _plain_json(genome, (), problems)
+        problems.raise_if_any()
         frozen = self._assign(values, problems, complete=True)
         problems.raise_if_any()
         assert frozen is not None
@@ -253,7 +278,9 @@ class Space:
         Raises SpaceError, with paths below `path`, for unknown places, illegal values and fixed values that differ.
         """
         problems = Problems()
-        genome = self._assign(values, problems, path=path)
+        plain = _plain_json(values, path, problems)
+        problems.raise_if_any()
+        genome = self._assign(plain, problems, path=path)
         problems.raise_if_any()
         assert genome is not None
         return genome
@@ -263,9 +290,10 @@ class Space:
     ) -> Genome | None:
         """Fill the space with given values and note everything about them that does not fit."""
         before = len(problems.found)
-        given: dict[Path, Any] = {}
+        judged: set[Path] = set()
 
         def choose(gene: Gene) -> Any:
+            judged.add(gene.path)
             try:
                 value = get(values, gene.path)
             except KeyError:
@@ -275,13 +303,19 @@ class Space:
             if words := gene.problem(value):
                 problems.add((*path, *gene.path), words, value=value)
                 return gene.fit(gene.baseline, None)
-            given[gene.path] = value
-            return value
+            return gene.normal(value)
 
         genome = self.fill(choose)
-        filled = genome.values()
-        for place, value in leaves(values):
-            if any(place[: len(gene_path)] == gene_path for gene_path in given):
+        self._compare(values, genome.values(), judged, path, problems)
+        return None if len(problems.found) > before else genome
+
+    def _compare(
+        self, given: Mapping[str, Any], filled: Values, judged: set[Path], path: Path, problems: Problems
+    ) -> None:
+        """Note what was given for places that do not exist, are fixed, derived, or asleep in this genome."""
+        asleep = {gene.path: gene for gene in self.genes if gene.path not in judged}
+        for place, value in leaves(given):
+            if any(place[: len(done)] == done for done in judged):
                 continue
             try:
                 expected = get(filled, place)
@@ -289,26 +323,44 @@ class Space:
                 known = [dotted(known_place) for known_place, _ in leaves(filled)]
                 problems.unknown((*path, *place), dotted(place), known, "place in the space")
                 continue
-            if canonical_json(expected) != canonical_json(value) and not self._is_gene_at(place):
-                rule = f"is fixed at {canonical_json(expected)} in this space, got {canonical_json(value)}"
-                problems.add((*path, *place), rule, value=value)
-        return None if len(problems.found) > before else genome
-
-    def _is_gene_at(self, place: Path) -> bool:
-        return any(gene.path == place[: len(gene.path)] and gene.when is None for gene in self.genes)
+            nothing = isinstance(value, Mapping) and isinstance(expected, Mapping)  # an empty mapping asks for nothing
+            if nothing or canonical_json(expected) == canonical_json(value):
+                continue
+            gene = next((gene for where, gene in asleep.items() if place[: len(where)] == where), None)
+            if gene is not None:
+                rule = f"must be {shown(gene.default)} while `{gene.when}` is false, is {shown(value)}"
+            else:
+                rule = f"is fixed at {shown(expected)} in this space, got {shown(value)}"
+            problems.add((*path, *place), rule, value=value)
 
     def _try_baseline(self, problems: Problems) -> None:
-        """Note conditions, derived values and constraints that cannot be evaluated at all."""
+        """Note conditions, derived values and constraints that have no value for the baseline."""
         try:
-            self.violations(self.baseline)
+            lookup = lookup_in(self.baseline.values(), self.exact)
         except ExpressionError as error:
-            problems.add((), f"`{error.text}` cannot be evaluated for the baseline: {error.message}")
+            problems.add(self._place_of(error.text), f"`{error.text}` has no value for the baseline: {error.message}")
+            return
+        for i, constraint in enumerate(self.constraints):
+            try:
+                constraint.expression.test(lookup)
+            except ExpressionError as error:
+                rule = f"`{error.text}` has no value for the baseline: {error.message}"
+                problems.add(("constraints", i), rule)
+
+    def _place_of(self, text: str) -> Path:
+        """Where an expression stands: a derived value, a gene's condition or length."""
+        for node in self.nodes:
+            if not isinstance(node, Gene) and node[1].text == text:
+                return (*node[0], "expr")
+            if isinstance(node, Gene) and node.when is not None and node.when.text == text:
+                return (*node.path, "when")
+        return ()
 
     def _read_baselines(self, baselines: Sequence[Mapping[str, Any]], problems: Problems) -> Iterable[Genome]:
         for i, values in enumerate(baselines):
             here = ("baselines", i)
             if not isinstance(values, Mapping):
-                problems.add(here, f"must be a mapping, is {canonical_json(values)}", value=values)
+                problems.add(here, f"must be a mapping, is {shown(values)}", value=values)
                 continue
             genome = self._assign(values, problems, path=here)
             if genome is None:
@@ -336,9 +388,8 @@ class Space:
         units: list[float] = []
         for node in self.genes:
             gene = node.sized(lookup)
-            value = get(values, gene.path)
-            legal = gene.problem(value) is None
-            units += gene.encode(value if legal else gene.fit(gene.baseline, None))
+            active = gene.when is None or gene.when.test(lookup)
+            units += gene.encode(get(values, gene.path) if active else gene.fit(gene.baseline, None))
         return np.array(units, dtype=np.float64)
 
     def decode(self, units: Sequence[float] | NDArray[np.float64]) -> Genome:
@@ -380,12 +431,13 @@ class Space:
 
 
 def lookup_in(values: Values, exact: Exact | None = None) -> Lookup:
-    """Names of expressions resolved in a genome: an exact cost by its name, anything else as a dotted path."""
+    """Names of expressions resolved in a genome: an exact cost by its name, anything else as a path."""
 
-    def lookup(name: str) -> Any:
-        if exact is not None and name in exact:
-            return exact[name](values)
-        return get(values, tuple(name.split(".")))
+    def lookup(place: Place) -> Any:
+        if exact is not None and len(place) == 1 and place[0] in exact:
+            value = exact[place[0]](values)
+            return value.item() if isinstance(value, np.generic) else value
+        return get(values, place)
 
     return lookup
 
@@ -414,41 +466,67 @@ def _inherited(gene: Gene, parent: Values, rng: Rng | None) -> Any:
 
 def _seen(expression: Expression, lookup: Lookup) -> str:
     """The values behind a broken constraint: `params = 41,231,872`."""
-    return ", ".join(f"{name} = {_shown(lookup(name))}" for name in sorted(expression.names))
-
-
-def _shown(value: Any) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{value:,}" if number and abs(value) >= 1e4 else canonical_json(value)
+    parts = []
+    for place in sorted(expression.names):
+        try:
+            value = lookup(place)
+        except KeyError:  # not in this genome; the expression did not need it
+            continue
+        large = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) >= 1e4
+        parts.append(f"{dotted(place)} = {f'{value:,}' if large else shown(value)}")
+    return ", ".join(parts)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read_tree(tree: Mapping[str, Any], problems: Problems) -> tuple[dict[Path, Gene | Expression], dict[str, Any]]:
+def _plain_json(node: Any, path: Path, problems: Problems) -> Any:
+    """A value as plain JSON: tuples are lists, numpy's numbers are numbers, keys are text. Notes what is neither."""
+    if isinstance(node, Mapping):
+        plain = {}
+        for key, value in node.items():
+            if isinstance(key, str) and _printable(key):
+                plain[key] = _plain_json(value, (*path, key), problems)
+            else:
+                problems.add(path, f"keys must be text, one is {shown(key)}")
+        return plain
+    if isinstance(node, list | tuple):
+        return [_plain_json(item, (*path, i), problems) for i, item in enumerate(node)]
+    value = node.item() if isinstance(node, np.generic) else node
+    finite = isinstance(value, float) and math.isfinite(value)
+    if value is None or finite or isinstance(value, bool | int) or (isinstance(value, str) and _printable(value)):
+        return value
+    problems.add(path, f"must be a finite JSON value, is {shown(value)}")
+    return None
+
+
+def _printable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: a lone surrogate, which JSON can hold, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_tree(tree: Any, problems: Problems) -> tuple[dict[Path, Gene | Expression], dict[str, Any]]:
     """Split a nested mapping into its genes and derived values, by path, and the template that they leave."""
     nodes: dict[Path, Gene | Expression] = {}
 
     def walk(node: Any, path: Path) -> Any:
-        if is_gene(node):
-            if (gene := read_gene(node, path, problems)) is not None:
-                nodes[path] = gene
-            return None
-        if is_derived(node):
-            if (expression := read_derived(node, path, problems)) is not None:
-                nodes[path] = expression
+        found: Gene | Expression | None
+        if is_gene(node) or is_derived(node):
+            found = read_gene(node, path, problems) if is_gene(node) else read_derived(node, path, problems)
+            if found is not None:
+                nodes[path] = found
             return None
         if isinstance(node, Mapping):
-            return {str(key): walk(value, (*path, str(key))) for key, value in node.items()}
+            return {key: walk(value, (*path, key)) for key, value in node.items()}
         if isinstance(node, list):
             for i, item in enumerate(node):
-                if is_gene(item) or is_derived(item):
+                if hides_gene(item):
                     problems.add((*path, i), "a gene cannot stand inside a list", help="use {list: GENE, length: N}")
-            return node
-        if node is None or isinstance(node, str | bool | int) or (isinstance(node, float) and math.isfinite(node)):
-            return node
-        problems.add(path, f"must be a finite JSON value, is {node!r}")
-        return None
+        return node
 
     template = walk(tree, ())
     if not isinstance(template, dict):
@@ -457,15 +535,16 @@ def _read_tree(tree: Mapping[str, Any], problems: Problems) -> tuple[dict[Path, 
     genes = {path: node for path, node in nodes.items() if isinstance(node, Gene)}
     for path, gene in genes.items():
         if isinstance(gene, ListGene) and isinstance(gene.length, Expression):
-            fixed = _fixed(template, gene.length.text)
+            fixed = _fixed(template, gene.length)
             nodes[path] = replace(gene, longest=longest_of(gene, genes, fixed, problems))
     return nodes, template
 
 
-def _fixed(template: Mapping[str, Any], name: str) -> Any:
+def _fixed(template: Mapping[str, Any], length: Expression) -> Any:
+    """The value of a length that names no gene."""
     try:
-        return get(template, tuple(name.split(".")))
-    except KeyError:
+        return get(template, next(iter(length.names)))
+    except (KeyError, StopIteration):
         return None
 
 
@@ -473,48 +552,46 @@ def _in_order(
     nodes: Mapping[Path, Gene | Expression], template: Mapping[str, Any], problems: Problems
 ) -> list[Gene | tuple[Path, Expression]]:
     """Genes and derived values such that each comes after those it names; circles and unknown names are noted."""
-    needs: dict[Path, set[Path]] = {}
+    graph: dict[Path, set[Path]] = {}
     for path, node in nodes.items():
         names = dependencies(node) if isinstance(node, Gene) else set(node.names)
-        needs[path] = set()
+        graph[path] = set()
         for name in sorted(names):
             found = _named_nodes(name, nodes)
-            needs[path] |= found
-            if not found and not _exists(template, name):
+            graph[path] |= found
+            length = isinstance(node, ListGene) and isinstance(node.length, Expression) and name in node.length.names
+            if not found and not _exists(template, name) and not length:  # a bad length was told by `longest_of`
                 _unknown_name(name, path, nodes, template, (), problems)
+    order = TopologicalSorter(graph)
+    try:
+        paths = list(order.static_order())
+    except CycleError as error:
+        circle = error.args[1][:-1]
+        problems.add(circle[0], f"depends on itself, by way of {', '.join(dotted(path) for path in reversed(circle))}")
+        return []
     ordered: list[Gene | tuple[Path, Expression]] = []
-    done: set[Path] = set()
-    waiting = list(nodes)
-    while waiting:
-        ready = [path for path in waiting if needs[path] <= done]
-        if not ready:
-            circle = ", ".join(dotted(path) for path in waiting)
-            problems.add(waiting[0], f"depends on itself: each of {circle} waits for another of them")
-            break
-        path = ready[0]
+    for path in paths:
         node = nodes[path]
         ordered.append(node if isinstance(node, Gene) else (path, node))
-        done.add(path)
-        waiting.remove(path)
     return ordered
 
 
-def _named_nodes(name: str, nodes: Mapping[Path, Gene | Expression]) -> set[Path]:
+def _named_nodes(name: Place, nodes: Mapping[Path, Gene | Expression]) -> set[Path]:
     """The nodes that a name reads: the one at its path, one above it (a part of a simplex), or all below it."""
-    wanted = tuple(name.split("."))
-    return {path for path in nodes if path[: len(wanted)] == wanted or wanted[: len(path)] == path}
+    above: set[Path] = {name[:n] for n in range(1, len(name) + 1) if name[:n] in nodes}
+    return above or {path for path in nodes if path[: len(name)] == name}
 
 
-def _exists(template: Mapping[str, Any], name: str) -> bool:
+def _exists(template: Mapping[str, Any], name: Place) -> bool:
     try:
-        get(template, tuple(name.split(".")))
+        get(template, name)
     except KeyError:
         return False
     return True
 
 
 def _unknown_name(
-    name: str,
+    name: Place,
     path: Path,
     nodes: Mapping[Path, Gene | Expression],
     template: Mapping[str, Any],
@@ -522,11 +599,15 @@ def _unknown_name(
     problems: Problems,
 ) -> None:
     known = {dotted(place) for place in nodes} | {dotted(place) for place, _ in leaves(template)} | set(extra)
-    problems.unknown(path, name, known, "name")
+    problems.unknown(path, dotted(name), known, "name")
 
 
 def _read_constraints(
-    texts: Sequence[str], template: Mapping[str, Any], exact: Exact, problems: Problems
+    texts: Sequence[str],
+    nodes: Mapping[Path, Gene | Expression],
+    template: Mapping[str, Any],
+    exact: Exact,
+    problems: Problems,
 ) -> list[Constraint]:
     constraints = []
     for i, text in enumerate(texts):
@@ -535,16 +616,8 @@ def _read_constraints(
         if expression is None:
             continue
         for name in sorted(expression.names):
-            if name not in exact and not _exists(template, name.split("[")[0]) and not _part_exists(template, name):
-                known = {dotted(place) for place, _ in leaves(template)} | set(exact)
-                problems.unknown(here, name, known, "name")
+            known = (len(name) == 1 and name[0] in exact) or _named_nodes(name, nodes) or _exists(template, name)
+            if not known:
+                _unknown_name(name, here, nodes, template, exact, problems)
         constraints.append(Constraint(expression))
     return constraints
-
-
-def _part_exists(template: Mapping[str, Any], name: str) -> bool:
-    """Whether a name reads inside a gene: the template has None where a gene stands."""
-    parts = name.split(".")
-    return any(
-        _exists(template, ".".join(parts[:n])) and get(template, tuple(parts[:n])) is None for n in range(1, len(parts))
-    )

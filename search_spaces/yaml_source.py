@@ -18,13 +18,14 @@ from typing import Any, NoReturn
 
 import yaml
 
-from search_spaces.errors import Path, Problem, SpaceError, UsageError, located
+from search_spaces.errors import Path, Problem, SpaceError, UsageError, located, short
 from search_spaces.quantities import parse_quantity
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 64
 MAX_NODES = 100_000
 MAX_INTEGER = 2**63 - 1
+MAX_PROBLEMS = 50
 
 # Without libyaml the pure Python parser does the same, about ten times slower.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -41,6 +42,7 @@ _WORDS: dict[str, Any] = {
 # U+2066-2069, U+200E/F and U+061C, which reorder what a reader sees.
 _BAD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u200e\u200f\u061c]")
 _LINE_END = re.compile(r"\r\n|\r|\n")
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")  # two keys that look the same must be the same
 
 Mark = tuple[int, int]
 
@@ -149,7 +151,7 @@ class _Composer:
         self.problems: list[Problem] = []
         self.value_marks: dict[Path, Mark] = {}
         self.key_marks: dict[Path, Mark] = {}
-        self._anchors: dict[str, Any] = {}
+        self._anchors: dict[str, tuple[Any, int]] = {}  # the value, and how deep it is
         self._nodes = 0
 
     def compose(self, events: Iterator[Any]) -> Any:
@@ -170,12 +172,12 @@ class _Composer:
         if len(path) > MAX_DEPTH:
             _refuse(self.file, self.lines, _start(event), f"nested deeper than {MAX_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
-            return self._alias(event)
-        if event.tag is not None and event.tag != "!":
-            self._problem(path, event, f"tag '{event.tag}' is not allowed", "plain values need no tag")
+            return self._alias(event, len(path))
+        self._refuse_tag(path, event)
         value: Any
         if isinstance(event, yaml.ScalarEvent):
             value = event.value if event.style else self._scalar(event, path)
+            self._refuse_escaped(path, event)
         elif isinstance(event, yaml.SequenceStartEvent):
             value = []
             while not isinstance(item := next(events), yaml.SequenceEndEvent):
@@ -184,7 +186,7 @@ class _Composer:
             value = self._mapping(events, path)
         if event.anchor is not None:
             # Registered when complete: an alias inside its own anchor, an endless structure, is therefore undefined.
-            self._anchors[event.anchor] = value
+            self._anchors[event.anchor] = (value, _depth(value))
         return value
 
     def _mapping(self, events: Iterator[Any], path: Path) -> dict[str, Any]:
@@ -195,25 +197,41 @@ class _Composer:
                 _refuse(self.file, self.lines, _start(event), "a key must be plain text")
             key = event.value
             here = (*path, key)
-            if event.tag is not None and event.tag != "!":
-                self._problem(here, event, f"tag '{event.tag}' is not allowed", "plain values need no tag")
+            self._refuse_tag(here, event)
+            self._refuse_escaped(here, event)
+            if _INVISIBLE.search(key):
+                self._problem(here, event, f"key {short(key)} holds a character that cannot be seen")
             if key == "<<" and not event.style:
                 self._problem(here, event, "merge keys are not allowed", "use `extends` or write the keys out")
             folded = unicodedata.normalize("NFKC", key)
             if folded in normal:
                 twin = normal[folded]
                 line = self.key_marks.get((*path, twin), (0, 0))[0]
-                same = "" if twin == key else f" (it reads the same as '{twin}')"
-                self._problem(here, event, f"key '{key}' is given twice{same}; the first is on line {line}")
+                same = "" if twin == key else f" (it reads the same as {short(twin)})"
+                self._problem(here, event, f"key {short(key)} is given twice{same}; the first is on line {line}")
             normal[folded] = key
             self.key_marks.setdefault(here, _start(event))
             value[key] = self._node(next(events), events, here)
         return value
 
-    def _alias(self, event: Any) -> Any:
+    def _refuse_tag(self, path: Path, event: Any) -> None:
+        if event.tag is not None:
+            self._problem(path, event, f"tag {short(event.tag)} is not allowed", "plain values need no tag")
+
+    def _refuse_escaped(self, path: Path, event: Any) -> None:
+        """What `_refuse_bad_characters` refuses may also be written as an escape in a quoted scalar."""
+        bad = _BAD.search(event.value) if event.style else None
+        if bad is not None:
+            self._problem(path, event, f"escape for character U+{ord(bad.group()):04X} is not allowed")
+
+    def _alias(self, event: Any, depth: int) -> Any:
         if event.anchor not in self._anchors:
-            _refuse(self.file, self.lines, _start(event), f"alias '*{event.anchor}' has no complete anchor before it")
-        return self._copy(self._anchors[event.anchor], event)
+            name = short(f"*{event.anchor}")
+            _refuse(self.file, self.lines, _start(event), f"alias {name} has no complete anchor before it")
+        value, height = self._anchors[event.anchor]
+        if depth + height > MAX_DEPTH:
+            _refuse(self.file, self.lines, _start(event), f"nested deeper than {MAX_DEPTH} levels")
+        return self._copy(value, event)
 
     def _copy(self, value: Any, event: Any) -> Any:
         """A copy of an anchored value; every node of it counts, so that aliases of aliases cannot explode."""
@@ -238,7 +256,9 @@ class _Composer:
                 return self._problem(path, event, "number is too large", "whole numbers end at 2^63 - 1")
             return number
         if _FLOAT.fullmatch(text):
-            if len(text) > 64 or not math.isfinite(real := float(text)):
+            if len(text) > 64:
+                return self._problem(path, event, "number has too many digits", "floats have about 16")
+            if not math.isfinite(real := float(text)):
                 return self._problem(path, event, "number is too large", "numbers end at about 1.8e308")
             return real
         if _NOT_FINITE.fullmatch(text):
@@ -255,6 +275,17 @@ class _Composer:
         self.problems.append(
             Problem(path=path, rule=rule, help=help, file=self.file, line=line, column=column, source=source)
         )
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise SpaceError(self.problems)
+
+
+def _depth(value: Any) -> int:
+    """How many levels of lists and mappings a value has."""
+    if isinstance(value, dict):
+        return 1 + max((_depth(item) for item in value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max((_depth(item) for item in value), default=0)
+    return 0
 
 
 def _start(event: Any) -> Mark:

@@ -102,7 +102,7 @@ def test_a_torn_checkpoint_is_passed_over_in_words(make: Make) -> None:
     ("changes", "kind", "reason", "words"),
     [
         ({"train": {"learning_rate": 1.0, "warmup_steps": 0, "beta2": 0.0}}, "fail", "diverged", "worse than guessing"),
-        ({"data": {"quality": {"min_chars": 10**6}}}, "infeasible", None, "data.quality leaves nothing of source 'code'"),
+        ({"data": {"quality": {"min_chars": 10**6}}}, "infeasible", None, "leaves nothing of source 'code'"),
         ({"documents": {"web": "0" * 32}}, "fatal", None, "is not what it was when the run began"),
         ({"model": {"d_model": "wide"}}, "fail", "crashed", "ValidationError"),
     ],
