@@ -21,7 +21,7 @@ EvolmError                      1   root; the number is the exit code of the com
 
 from fitness.errors import BadMetrics, RunBusy, StorageError
 from search_spaces.errors import EvolmError, Problem, SpaceError, UsageError
-from search_spaces.expressions import ExpressionError
+from search_spaces.evaluation import ExpressionError
 from trainer.errors import CheckpointError, DataError, Diverged, Leak, ParityError, Refused
 
 

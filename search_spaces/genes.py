@@ -22,7 +22,8 @@ import numpy as np
 
 from search_spaces import simplex
 from search_spaces.errors import Path, dotted
-from search_spaces.expressions import Expression, ExpressionError, Lookup
+from search_spaces.evaluation import ExpressionError, Lookup
+from search_spaces.expressions import Expression
 from search_spaces.genome import canonical_json, shown
 
 Rng = np.random.Generator

@@ -12,7 +12,8 @@ import numpy as np
 
 from search_spaces import simplex
 from search_spaces.errors import Path, Problems
-from search_spaces.expressions import Expression, ExpressionError, Place, parse
+from search_spaces.evaluation import ExpressionError, Place
+from search_spaces.expressions import Expression, parse
 from search_spaces.genes import (
     KINDS,
     LARGEST_INTEGER,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from search_spaces.expressions import FUNCTIONS, MAX_LENGTH, MAX_NESTING, MAX_TOKENS, ExpressionError, parse
+from search_spaces.evaluation import FUNCTIONS, ExpressionError
+from search_spaces.expressions import MAX_LENGTH, MAX_NESTING, MAX_TOKENS, parse
 from search_spaces.space import lookup_in
 
 properties = settings(deadline=None, derandomize=True, max_examples=300)
