@@ -1,0 +1,136 @@
+"""Promotion: both recipes trained for real, judged on test text, exported, generated from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evolm as package
+from evolm.errors import DataError, GateError
+from evolm.promote import promote
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, to be promoted from."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run, tmp_path / "first")
+    return tmp_path / "first"
+
+
+@pytest.fixture(scope="module")
+def promoted(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Path:
+    """A run whose best trial was promoted through the real command line, once for all tests that look at it."""
+    folder = tmp_path_factory.mktemp("promoted") / "first"
+    shutil.copytree(finished_run, folder)
+    command = [sys.executable, "-m", "evolm", "promote", str(folder), "best", "--tokens", "8K", "--force"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    assert "test split" in done.stdout and "exported as Qwen3ForCausalLM" in done.stdout
+    return folder / "promoted" / str(package.load(folder).trial("best").id)
+
+
+def test_winner_and_baseline_are_judged_alike(promoted: Path) -> None:
+    told = json.loads((promoted / "promotion.json").read_text())
+    assert told["winner"]["tokens"] == told["baseline"]["tokens"] == 8000
+    assert told["winner"]["corpus"]["sources"] == told["baseline"]["corpus"]["sources"]
+    for record in (told["winner"], told["baseline"]):
+        assert {"bits_per_byte", "bits_per_byte/web", "bits_per_byte/code", "perplexity"} == set(record["test"])
+    ahead = told["winner"]["test"]["bits_per_byte"] < told["baseline"]["test"]["bits_per_byte"]
+    assert told["better"] == ahead
+
+
+def test_the_receipt_says_how_close_the_export_is(promoted: Path) -> None:
+    receipt = json.loads((promoted / "export/hf/parity.json").read_text())
+    assert max(receipt["max_logit_difference"].values()) <= 1e-5 < receipt["disturbed"]
+    about = json.loads((promoted / "export/hf/evolm.json").read_text())
+    assert about["recipe"]["model"]["d_model"] and about["corpus"]["tokenizer"]["sha256"] == receipt["tokenizer"]
+
+
+def test_transformers_loads_it_without_any_code_of_ours(promoted: Path) -> None:
+    script = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "ids = AutoTokenizer.from_pretrained(sys.argv[1])('aeio', return_tensors='pt').input_ids\n"
+        "assert not any(name.split('.')[0] in ('evolm', 'trainer') for name in sys.modules)\n"
+        "print(type(model).__name__, ids[0, 0].item(), tuple(model(ids).logits.shape))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(promoted / "export/hf")], capture_output=True, text=True, cwd=promoted
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Qwen3ForCausalLM 1 (1, ")
+
+
+def test_it_continues_a_text(promoted: Path, evolm) -> None:
+    options = ("--prompt", "aeio", "--max-tokens", "8", "--temperature", "0")
+    first = evolm("generate", promoted / "export/hf", *options)
+    assert first.code == 0 and first.out.startswith("aeio") and len(first.out) > 5
+    assert evolm("generate", promoted / "export/hf", *options).out == first.out
+
+
+def test_a_finished_promotion_is_not_trained_again(promoted: Path, evolm) -> None:
+    before = (promoted / "pretrain/metrics.jsonl").stat().st_mtime_ns
+    said = evolm("promote", promoted.parents[1], promoted.name, "--tokens", "8K", "--force")
+    assert said.code == 0 and (promoted / "pretrain/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_another_length_needs_another_folder(promoted: Path, evolm) -> None:
+    said = evolm("promote", promoted.parents[1], promoted.name, "--tokens", "16K", "--force")
+    assert said.code == 2 and "holds another recipe, length or seed" in said.err
+
+
+def record(loss: float) -> dict[str, Any]:
+    return {"test": {"bits_per_byte": loss}, "params": 1}
+
+
+def test_a_winner_that_is_not_ahead_is_not_exported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evolm.promote._train_all", lambda *_: {"pretrain": record(2.0), "baseline": record(2.0)})
+    loaded = package.load(run)
+    with pytest.raises(GateError, match=r"is not better than the baseline on the test split: 2\.0000 against 2\.0000"):
+        promote(loaded, loaded.trial("2"))
+    assert json.loads((run / "promoted/2/promotion.json").read_text())["better"] is False
+    assert not (run / "promoted/2/export").exists()
+
+
+def test_a_corpus_that_changed_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = package.load(run)
+    loaded.ledger.meta["corpus"]["sources"]["web"]["digest"] = "0" * 32
+    with pytest.raises(DataError, match="source 'web' is not what it was when the run began"):
+        promote(loaded, loaded.trial("best"))
+
+
+def test_training_that_fails_is_told_with_its_log(run: Path, monkeypatch: pytest.MonkeyPatch, evolm) -> None:
+    """The child's own words and exit code reach the user."""
+    (run / "promoted/2/pretrain").mkdir(parents=True)
+    (run / "promoted/2/pretrain/recipe.json").write_text('{"recipe": {}, "tokens": 1, "seed": 0}')
+    said = evolm("promote", run, "2", "--tokens", "1K")
+    assert said.code == 2 and "training the winner failed:" in said.err and "log.txt" in said.err
+
+
+def test_a_recipe_is_trained_exported_and_gone_on_with(
+    tmp_path: Path, words_corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, evolm
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(
+        f"version: 1\nname: small\n"
+        f"data: {{sources: {{web: {{path: {words_corpus}/web}}}}, tokenizer: {{vocab_size: 300}},"
+        f" sequence_length: 32}}\n"
+        f"model: {{d_model: 16, n_layers: 1, n_heads: 1, ffn: relu2}}\n"
+        f"train: {{batch_tokens: 128, tokens: 1K}}\n"
+    )
+    said = evolm("train", "recipe.yaml", "--cache", cache)
+    assert said.code == 0 and "validation: bits_per_byte" in said.out
+    assert "exported as EvolmForCausalLM: runs/small/export/hf" in said.out
+    again = evolm("train", "recipe.yaml", "--cache", cache)
+    assert again.code == 0 and "validation: bits_per_byte" in again.out
+    assert evolm("train", "recipe.yaml", "--cache", cache, "--tokens", "2K").code == 2
+    assert evolm("train", "recipe.yaml", "--tokens", "few").code == 2
+    assert evolm("generate", "runs/small/export/hf", "--prompt", "aeio", "--max-tokens", "4").code == 0
