@@ -2,9 +2,9 @@
 
     python benchmarks/winner_vs_baseline.py RUN [--trial best] [--tokens 2M] [--seeds 3] [--out FOLDER]
 
-Training is `evolm train`, one thread a process, two processes at a time, and goes on where it was interrupted when the same
-command is given again. Seeds are 1, 2, ...: none of them is the search's own. Differences are of pairs with the same seed,
-hence the same initial stream and data order.
+Training is `evolm train`, one thread a process, two processes at a time, and goes on where it was interrupted when the
+same command is given again. Seeds are 1, 2, ...: none of them is the search's own. Differences are of pairs with the
+same seed, hence the same initial stream and data order.
 """
 
 from __future__ import annotations
