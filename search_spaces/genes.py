@@ -251,7 +251,7 @@ class FloatGene(NumberGene):
         """Digits that tell a millionth of the range apart, also where the range is narrow."""
         if self.step is not None or self.low == self.high:
             return 12
-        return SIGNIFICANT_DIGITS + max(0, math.ceil(math.log10(max(-self.low, self.high) / (self.high - self.low))))
+        return SIGNIFICANT_DIGITS + max(0, round(math.log10(max(-self.low, self.high) / (self.high - self.low))))
 
     def typed(self, value: float) -> float:
         return float(min(self.high, max(self.low, rounded(value, self._digits))))

@@ -69,7 +69,9 @@ def show(
     typer.echo("against the baseline:\n  " + ("\n  ".join(changed) if changed else "no difference"))
     if found.rungs:
         header = ["metric", *(f"{short(rung.tokens)} tokens" for rung in found.rungs)]
-        rows = [[name, *(short(rung.metrics.get(name)) for rung in found.rungs)] for name in found.metrics]
+        first = [objective.metric for objective in loaded.objectives]
+        names = sorted(found.metrics, key=lambda name: (name not in first, "bits_per_byte" not in name, name))
+        rows = [[name, *(short(rung.metrics.get(name)) for rung in found.rungs)] for name in names]
         typer.echo(text_table(header, rows))
 
 
