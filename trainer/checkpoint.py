@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trainer.data.cache import digest_of
 from trainer.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
+TENSORS = ("model.safetensors", "optimizer.safetensors")
 
 
 class RunState(BaseModel):
@@ -29,7 +32,7 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format: int = 1
+    format: Literal[1] = 1
     samples: int
     recipe: str  # digest of the recipe that was trained
     tokenizer: str  # SHA-256 of its tokenizer
@@ -38,18 +41,24 @@ class RunState(BaseModel):
     horizon: int | None  # samples of the run whose decay has begun; None on the trunk, which leads to any horizon
     seconds: float
     flops: float
+    losses: list[float] = []  # of the last steps, for the loss of the record and the patience with a bad run
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
     """Write a checkpoint; one that is already there under this name is replaced once the new one is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _settle(folder)
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        tensors = {"model.safetensors": _weights(model), "optimizer.safetensors": _moments(model, optimizer)}
+        tensors = dict(zip(TENSORS, (_weights(model), _moments(model, optimizer)), strict=True))
         for name, content in tensors.items():
             save_file(content, temporary / name)
-        manifest = {"state": state.model_dump(), "files": {name: _sha256(temporary / name) for name in tensors}}
+        manifest: dict[str, Any] = {
+            "state": state.model_dump(),
+            "files": {name: _sha256(temporary / name) for name in tensors},
+        }
+        manifest["checksum"] = digest_of(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in (*tensors, MANIFEST):
             _sync(temporary / name)
@@ -65,11 +74,16 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 def read_state(folder: Path) -> RunState:
     """The state in a checkpoint, its files verified. Raises CheckpointError."""
+    _settle(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest.pop("checksum") != digest_of(manifest):
+            raise CheckpointError(f"{folder / MANIFEST}: content differs from its checksum")
         state = RunState.model_validate(manifest["state"])
+        if set(manifest["files"]) != set(TENSORS):
+            raise CheckpointError(f"{folder / MANIFEST}: names other files than {' and '.join(TENSORS)}")
         for name, digest in manifest["files"].items():
-            if Path(name).name != name or _sha256(folder / name) != digest:
+            if _sha256(folder / name) != digest:
                 raise CheckpointError(f"{folder / name}: content differs from its checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint ({error})") from None
@@ -130,6 +144,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint that is no longer needed; one that is not there is fine."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _settle(folder: Path) -> None:
+    """End what a kill cut short: a replacement between its two renames is undone, what it left is removed."""
+    if not folder.exists():
+        for old in sorted(folder.parent.glob(f"{folder.name}.old-*")):
+            os.rename(old, folder)
+            break
+    for left in (*folder.parent.glob(f"{folder.name}.old-*"), *folder.parent.glob(f"{folder.name}.tmp-*")):
+        shutil.rmtree(left, ignore_errors=True)

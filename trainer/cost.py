@@ -103,9 +103,8 @@ def activation_bytes_per_token(recipe: Recipe, size: int) -> float:
         attention += 8 * (query + key) + 4 * heads if model.qk_norm else 0  # as for norms, but the output is the query
         ffn = {"swiglu": 4, "gelu": 2, "relu2": 2}[layer.ffn] * layer.ffn_dim
         total += 2 * norm + attention + ffn * size
-    return (
-        total + 8 * width + 4 + width * size
-    )  # the last norm, whose output is gone, and the gradient of the hidden state
+    # The last norm, whose output is gone when the loss is there, and the gradient of the hidden state.
+    return total + 8 * width + 4 + width * size
 
 
 @lru_cache(maxsize=4096)

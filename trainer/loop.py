@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from search_spaces.genome import canonical_json
-from trainer.checkpoint import RunState, load_checkpoint, save_checkpoint
+from trainer.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from trainer.cost import costs, micro_batch_tokens
 from trainer.data.cache import digest_of
 from trainer.data.corpus import Corpus
@@ -140,6 +140,7 @@ class _Run:
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
         self.losses: deque[float] = deque(maxlen=PATIENCE)
+        self.seen = math.nan, math.nan  # loss and gradient norm when they were last looked at
         self.started = self.saved = time.perf_counter()
         self.trained_seconds = 0.0
 
@@ -166,12 +167,12 @@ class _Run:
             horizon=self.horizon.samples if self.samples > self.horizon.trunk else None,
             seconds=self.seconds_before + self.seconds,
             flops=self.flops_before + self.flops,
+            losses=list(self.losses),
         )
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of the same recipe, seed and corpus."""
-        state = load_checkpoint(folder, self.model, self.optimizer)
-        mine = self.state()
+        state, mine = read_state(folder), self.state()
         for field in ("recipe", "tokenizer", "corpus", "seed"):
             theirs, ours = getattr(state, field), getattr(mine, field)
             if theirs != ours:
@@ -183,6 +184,12 @@ class _Run:
             )
         if state.samples > self.horizon.samples:
             raise CheckpointError(f"{folder}: is already beyond {self.horizon.samples} sequences")
+        if state.horizon is None and state.samples > self.horizon.trunk:
+            raise CheckpointError(
+                f"{folder}: is beyond sequence {self.horizon.trunk}, where a run of {self.horizon.samples} decays"
+            )
+        load_checkpoint(folder, self.model, self.optimizer)
+        self.losses.extend(state.losses)
         self.samples = self.first_sample = state.samples
         self.flops_before, self.seconds_before = state.flops, state.seconds
 
@@ -214,25 +221,24 @@ class _Run:
         begun = time.perf_counter()
         self.model.train()
         count = min(self.horizon.batch, self.horizon.samples - self.samples)
-        if self.samples < self.horizon.trunk:  # a batch never crosses the end of the trunk
-            count = min(count, self.horizon.trunk - self.samples)
         rate = learning_rate(self.recipe, self.horizon, self.samples)
         set_learning_rate(self.optimizer, rate)
         loss = self.backward(count)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        step = self.samples // self.horizon.batch
+        first, step = self.samples == self.first_sample, self.samples // self.horizon.batch
         self.samples += count
-        if self.device.type == "cpu" or step % CHECK_EVERY == 0 or self.samples >= self.horizon.samples:
-            self.refuse_divergence(loss.item(), norm.item())
+        if self.device.type == "cpu" or first or step % CHECK_EVERY == 0 or self.samples >= self.horizon.samples:
+            self.seen = loss.item(), norm.item()
+            self.refuse_divergence(*self.seen)
         tokens = count * self.horizon.sequence_length
         return Progress(
             tokens=self.samples * self.horizon.sequence_length,
             total_tokens=self.horizon.tokens,
-            loss=self.losses[-1],
+            loss=self.seen[0],
             learning_rate=rate,
-            gradient_norm=float(norm),
+            gradient_norm=self.seen[1],
             tokens_per_second=tokens / (time.perf_counter() - begun),
         )
 
@@ -248,7 +254,7 @@ class _Run:
             batch = torch.from_numpy(self.loader.batch(self.samples + start, min(micro, count - start)))
             batch = batch.to(self.device, non_blocking=True)
             with autocast(self.recipe, self.device):
-                hidden = self.model.model(batch[:, :-1]).last_hidden_state.flatten(0, 1)
+                hidden = self.model.model(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
                 nats = linear_cross_entropy(hidden, self.model.lm_head.weight, batch[:, 1:].flatten())
             loss = nats / (count * length)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -285,9 +291,12 @@ class _Run:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Identifies what is trained: the recipe without its length and seed, which a run is given beside it."""
-    values = recipe.model_dump(mode="json")
-    values["train"] = {key: value for key, value in values["train"].items() if key not in ("tokens", "seed")}
+    """Identifies what is trained: the recipe without its length and seed, which a run is given beside it, without the
+    names of its files, whose content has a digest of its own, and without what changes memory or scores alone."""
+    values = recipe.model_dump(mode="json", exclude={"data": {"sources", "held_out"}})
+    values["train"] = {
+        key: value for key, value in values["train"].items() if key not in ("tokens", "seed", "micro_batch_tokens")
+    }
     return digest_of("recipe", canonical_json(values))
 
 

@@ -26,15 +26,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A frozen part of a recipe that refuses unknown keys and silent conversions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Source(Section):
     """Where the documents of one domain come from."""
 
-    path: str | list[str] = Field(
-        description="a file, folder or glob, or several; python:stdlib, python:docs, hf:owner/name"
-    )
+    path: str | list[str] = Field(description="a file, folder or glob, or several; python:stdlib, python:docs")
     document: Literal["auto", "file", "line", "passage"] = Field(
         "auto", description="what a document is in plain text: a file, a line, or a passage between blank lines"
     )
@@ -182,7 +180,7 @@ def incoherence(recipe: Recipe) -> str | None:
     if data.mix is not None:
         if set(data.mix) != set(data.sources):
             odd = sorted(set(data.mix) ^ set(data.sources))
-            return f"data.mix and data.sources must name the same domains; {', '.join(odd)} stands in one only"
+            return f"data.mix and data.sources must name the same domains; only one of them has {', '.join(odd)}"
         if sum(data.mix.values()) <= 0:
             return "data.mix must give some source a positive weight"
     if train.batch_tokens < data.sequence_length:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from search_spaces.errors import Path, dotted, nearest
-from search_spaces.genome import canonical_json
+from search_spaces.genome import shown
 from trainer.recipe import Recipe
 
 Finding = tuple[str, str | None]
@@ -25,6 +25,7 @@ _KINDS = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
+    "finite_number": "a finite number",
 }
 _COMPARISONS = {
     "greater_than": (">", "gt"),
@@ -39,7 +40,7 @@ def rule(values: Mapping[str, Any]) -> str | None:
     try:
         Recipe.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = _deepest(error.errors(), values)[0]
         words = _words(first)[0]
         path = dotted(_path_of(first["loc"], values))
         return f"{path}: {words}" if path else words
@@ -62,12 +63,25 @@ def check(values: Mapping[str, Any]) -> list[tuple[Path, str, str | None]]:
         try:
             model.model_validate(values[section])
         except ValidationError as error:
-            for entry in error.errors():
+            for entry in _deepest(error.errors(), values[section]):
                 path = _path_of(entry["loc"], values[section])
                 finding = _unknown(path, model) if entry["type"] == "extra_forbidden" else _words(entry)
                 place = (section, *path)
                 found[place] = _either(found[place], finding) if place in found else finding
     return [(path, words, advice) for path, (words, advice) in found.items()]
+
+
+def _deepest(entries: Sequence[Any], values: Any) -> list[Any]:
+    """The errors without those of an alternative that another one got further with: of a list, its bad items."""
+    paths = [_path_of(entry["loc"], values) for entry in entries]
+    return [
+        entry
+        for entry, path in zip(entries, paths, strict=True)
+        if not any(
+            len(other) > len(path) and other[: len(path)] == path and isinstance(other[len(path)], int)
+            for other in paths
+        )
+    ]
 
 
 def _path_of(location: Iterable[Any], values: Any) -> Path:
@@ -108,8 +122,9 @@ def _words(entry: Any) -> Finding:
         return str(context["error"]), None
     if kind == "missing":
         return "is missing", None
-    seen = canonical_json(entry["input"])
-    seen = seen if len(seen) <= 60 else seen[:57] + "..."
+    if kind == "too_short" and entry["input"] == {}:
+        return "must not be empty", None
+    seen = shown(entry["input"])
     if kind in _KINDS:
         return f"must be {_KINDS[kind]}, is {seen}", None
     if kind in _COMPARISONS:

@@ -32,7 +32,7 @@ def horizon_of(recipe: Recipe, tokens: int) -> Horizon:
     samples = max(1, -(-tokens // length))
     batch = max(1, recipe.train.batch_tokens // length)
     stable = samples if recipe.train.schedule == "constant" else samples * (1 - recipe.train.decay_fraction)
-    trunk = samples if recipe.train.schedule == "constant" else int(stable // batch) * batch
+    trunk = int(stable // batch) * batch
     return Horizon(samples=samples, batch=batch, trunk=trunk, sequence_length=length)
 
 

@@ -45,6 +45,8 @@ def cached_folder(cache: Path, kind: str, key: str, build: Callable[[Path], None
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f"{key}.tmp-*"):  # by builders that were killed: we hold their lock
+            shutil.rmtree(left, ignore_errors=True)
         temporary = folder.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
         temporary.mkdir()
         try:

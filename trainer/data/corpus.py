@@ -79,10 +79,11 @@ class Corpus:
 
     def _held_out(self, source: str, split: str, max_bytes: int) -> HeldOutText:
         shard, length = self.shard(source, split), self.data.sequence_length
-        sizes = self.tokenizer.bytes_per_token[np.asarray(shard.tokens)]
-        # Documents stand in the order of their hashes: the first ones are a random choice.
-        end = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right")) + 1
-        stream = np.asarray(shard.tokens[:end], dtype=np.int64)
+        # Documents stand in the order of their hashes: the first ones are a random choice. A document has at least one
+        # byte and two special tokens, so this much is enough.
+        stream = np.asarray(shard.tokens[: 3 * max_bytes + 3], dtype=np.int64)
+        sizes = self.tokenizer.bytes_per_token[stream]
+        stream = stream[: int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))]
         windows = max(1, -(-(len(stream) - 1) // length))
         padded = np.full(windows * length + 1, PAD, dtype=np.int64)
         padded[: len(stream)] = stream

@@ -77,12 +77,15 @@ def open_shard(folder: Path, name: str, tokenizer: Tokenizer) -> Shard:
     if file.stat().st_size != _HEADER.size + count * size:
         raise DataError(f"{file}: torn, holds {file.stat().st_size} bytes for {count} tokens; {advice}")
     kind = np.uint16 if size == 2 else np.uint32
-    return Shard(
-        tokens=np.memmap(file, dtype=kind, mode="r", offset=_HEADER.size, shape=(count,)),
-        offsets=np.load(folder / f"{name}.offsets.npy"),
-        chars=np.load(folder / f"{name}.chars.npy"),
-        symbol_ratio=np.load(folder / f"{name}.symbol_ratio.npy"),
-    )
+    try:
+        return Shard(
+            tokens=np.memmap(file, dtype=kind, mode="r", offset=_HEADER.size, shape=(count,)),
+            offsets=np.load(folder / f"{name}.offsets.npy"),
+            chars=np.load(folder / f"{name}.chars.npy"),
+            symbol_ratio=np.load(folder / f"{name}.symbol_ratio.npy"),
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: not a whole shard ({error}); {advice}") from None
 
 
 def _batches(split: Split) -> Iterator[list[str]]:

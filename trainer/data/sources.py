@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,45 +88,63 @@ def fingerprint(source: Source, roots: Roots) -> list[Any]:
 
 def read_documents(source: Source, roots: Roots, skipped: Skipped) -> Iterator[str]:
     """The documents of one source, in the order of its files. Raises DataError for a path that leads nowhere."""
-    for path in _paths(source):
+    listed = [(path, [] if path.startswith("python:") else list_files(path, roots, skipped)) for path in _paths(source)]
+    mode = source.document
+    if mode == "auto":
+        plain = sum(_format(name) == "text" for _, files in listed for name in files)
+        mode = "passage" if plain < FEW_FILES else "file"
+    for path, files in listed:
         if path.startswith("python:"):
             yield from _python(path)
-            continue
-        files = list_files(path, roots)
-        plain = sum(_format(name) == "text" for name in files)
-        mode = source.document
-        if mode == "auto":
-            mode = "passage" if plain < FEW_FILES else "file"
         for name in files:
             try:
                 yield from _read_file(name, mode, skipped)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 skipped.add("unreadable file", f"{name}: {getattr(error, 'strerror', None) or error}")
 
 
-def list_files(path: str, roots: Roots = ()) -> list[str]:
+def list_files(path: str, roots: Roots = (), skipped: Skipped | None = None) -> list[str]:
     """The regular files that a path means: the file, all files below a folder, or all that a glob matches; sorted.
 
     Raises DataError when there is no such thing.
     """
     if "://" in path or path.startswith("hf:"):
         raise DataError(f"data source '{path}': this version reads local paths, python:stdlib and python:docs")
-    candidates = [os.path.join(root, os.path.expanduser(path)) for root in roots] or [os.path.expanduser(path)]
-    for where in dict.fromkeys(candidates):
+    places = list(roots) or [Path()]
+    for root in places:
+        where = os.path.join(root, os.path.expanduser(path))
         if os.path.isdir(where):
-            found = [os.path.join(folder, name) for folder, _, names in os.walk(where) for name in names]
-            return _regular(name for name in found if not _hidden(name, where))
+            return _below(where, skipped)
         if os.path.exists(where):
             if not stat.S_ISREG(os.stat(where).st_mode):
                 raise DataError(f"data source '{path}' is neither a file nor a folder")
             return [where]
-        if found := glob.glob(where, recursive=True):
-            return _regular(found)
-    raise DataError(f"data source '{path}': no such file or folder{_advice(candidates[0])}")
+        if glob.has_magic(path) and (found := _matching(path, root, skipped)):
+            return found
+    raise DataError(
+        f"data source '{path}': no such file or folder{_advice(os.path.join(places[0], os.path.expanduser(path)))}"
+    )
 
 
-def _regular(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if os.path.isfile(name) and stat.S_ISREG(os.stat(name).st_mode))
+def _below(folder: str, skipped: Skipped | None) -> list[str]:
+    def unreadable(error: OSError) -> None:
+        if skipped is not None:
+            skipped.add("unreadable folder", f"{error.filename}: {error.strerror}")
+
+    found = [os.path.join(where, name) for where, _, names in os.walk(folder, onerror=unreadable) for name in names]
+    return sorted(name for name in found if os.path.isfile(name) and not _hidden(name, folder))
+
+
+def _matching(pattern: str, root: Path, skipped: Skipped | None) -> list[str]:
+    """The files that a pattern matches, and those below the folders that it matches; `**` follows no links."""
+    wanted = Path(pattern).expanduser()
+    base = Path(wanted.anchor) if wanted.is_absolute() else root
+    found: set[str] = set()
+    for match in base.glob(str(wanted.relative_to(wanted.anchor))):
+        hidden = any(part.startswith(".") and part not in wanted.parts for part in match.relative_to(base).parts)
+        if not hidden:
+            found.update(_below(str(match), skipped) if match.is_dir() else [str(match)] if match.is_file() else [])
+    return sorted(found)
 
 
 def _advice(where: str) -> str:
@@ -188,8 +207,10 @@ def _read_text(name: str, stream: Stream, mode: str, skipped: Skipped) -> Iterat
             if (text := _decode(line, name, skipped)) is not None:
                 yield text.rstrip("\r\n")
         return
-    # Cut between lines, so that no character is torn.
+    # Cut between lines where there are some, and never inside a character.
     while block := stream.read(MAX_DOCUMENT) + stream.readline(MAX_LINE):
+        while (after := stream.peek(1)[:1]) and 0x80 <= after[0] < 0xC0:
+            block += stream.read(1)
         text = _decode(block, name, skipped)
         if text is None:
             return
@@ -228,7 +249,8 @@ def _passages(text: str) -> Iterator[str]:
             continue
         passage.append(line)
         size += len(line)
-    yield "".join(passage)
+    if any(line.strip() for line in passage):
+        yield "".join(passage)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -266,14 +288,20 @@ def _read_parquet(name: str, skipped: Skipped) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(name)
+        table = pyarrow.parquet.ParquetFile(
+            name if name.endswith(".parquet") else pyarrow.BufferReader(_open(name).read())
+        )
         column = next((key for key in TEXT_FIELDS if key in table.schema_arrow.names), None)
         if column is None:
             skipped.add("parquet file without text", f"{name}: columns {', '.join(table.schema_arrow.names)}")
             return
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
-    except pyarrow.ArrowInvalid as error:
+            for text in batch.column(0).to_pylist():
+                if isinstance(text, str):
+                    yield text
+                else:
+                    skipped.add("record without text", f"{name}: {column} holds {type(text).__name__}")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         skipped.add("unreadable file", f"{name}: {error}")
 
 
@@ -319,8 +347,8 @@ def _parsed(file: Path) -> tuple[str, list[tuple[str, ast.AST, str]]]:
         if docstring is not None:
             found.append((name, node.body[0], docstring))  # type: ignore[attr-defined]
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.stmt):
-                part = getattr(child, "name", "")
+            if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+                part = getattr(child, "name", "") if isinstance(child, _DOCUMENTED) else ""
                 visit(child, f"{name}.{part}" if part else name)
 
     visit(tree, file.stem)
@@ -334,7 +362,8 @@ def _python_code() -> Iterator[str]:
         lines = text.splitlines(keepends=True)
         for _, node, _ in docstrings:
             first, last = getattr(node, "lineno", 1), getattr(node, "end_lineno", 0)
-            lines[first - 1 : last] = [""] * (last - first + 1)
+            before = lines[first - 1][: getattr(node, "col_offset", 0)]
+            lines[first - 1 : last] = [before + "...\n" if before.strip() else ""] + [""] * (last - first)
         yield "".join(lines)
 
 

@@ -38,7 +38,9 @@ class Tokenizer:
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:
         """The tokenizer of the `tokenizers` library."""
-        return tokenizers.Tokenizer.from_file(str(self.file))
+        backend = tokenizers.Tokenizer.from_file(str(self.file))
+        backend.encode_special_tokens = True  # "<s>" in a text is three characters, not the beginning of another
+        return backend
 
     @property
     def vocab_size(self) -> int:

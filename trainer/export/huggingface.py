@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from search_spaces.errors import UsageError
 from trainer.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from trainer.export.lower import lower
 from trainer.export.parity import check_parity
@@ -37,6 +38,7 @@ def export_huggingface(
     class, the tier (`stock` or `evolm`), and the largest differences. An export that fails the comparison leaves no
     folder: raises ParityError.
     """
+    _refuse_foreign(folder)
     lowered = lower(model)
     stock = lowered is not model
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,11 +56,16 @@ def export_huggingface(
         (temporary / "parity.json").write_text(json.dumps(receipt, indent=1) + "\n")
         (temporary / "evolm.json").write_text(json.dumps(about, indent=1) + "\n")
         if folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder)  # an export of ours, as `_refuse_foreign` has seen
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return receipt
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / "parity.json").is_file():
+        raise UsageError(f"{folder}: holds something that evolm did not export; move it away or name another folder")
 
 
 def _write_model(model: PreTrainedModel, folder: Path, *, remote_code: bool) -> None:
@@ -77,7 +84,10 @@ def _write_model(model: PreTrainedModel, folder: Path, *, remote_code: bool) -> 
     (folder / "model.safetensors").chmod(
         0o644
     )  # safetensors leaves it to its owner alone; a model is made to be shared
-    GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD).save_pretrained(folder)
+    # Neither is ever the next token of a text: a model that is unsure must not end up there.
+    GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, suppress_tokens=[PAD, BOS]).save_pretrained(
+        folder
+    )
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
@@ -97,5 +107,9 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
         eos_token=eos,
         model_max_length=longest,
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # as in training: what a text spells is text
     )
     fast.save_pretrained(folder)
+    about = folder / "tokenizer_config.json"
+    values = {**json.loads(about.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}  # a name that all know
+    about.write_text(json.dumps(values, indent=2) + "\n")

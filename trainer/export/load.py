@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -18,11 +19,18 @@ def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
         raise UsageError(f"{folder}: no exported model there (a folder with config.json and model.safetensors)")
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UsageError(f"{folder}: cannot be loaded: {missing[0]} is missing from its weights")
     return model.eval().to(device)
 
 
@@ -30,4 +38,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in an exported folder. Raises UsageError when there is none."""
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(f"{folder}: no tokenizer.json there")
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: its tokenizer cannot be loaded: {error}") from None

@@ -22,6 +22,8 @@ def stock_class(config: EvolmConfig) -> tuple[type[PreTrainedModel], Any] | None
     """The stock class and its configuration that compute the same function, or None when there is none."""
     if config.is_heterogeneous or config.ffn != "swiglu":
         return None
+    if not config.qk_norm and config.hidden_size % config.num_attention_heads:
+        return None  # LlamaConfig refuses it, whatever the head size
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -52,6 +54,7 @@ def lower(model: EvolmForCausalLM) -> PreTrainedModel:
     if stock is None:
         return model
     kind, config = stock
-    lowered = kind._from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        lowered = kind._from_config(config, dtype=torch.float32)
     lowered.load_state_dict(model.state_dict(), strict=True)
     return lowered.eval()

@@ -23,6 +23,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evolm import EvolmConfig
 
@@ -30,11 +32,15 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class EvolmRMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), in fp32."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), in fp32.
+
+    Under autocast the result is cast once, here, and not once by each of the matrices that read it.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed = functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-        return normed.to(x.dtype)
+        kind = x.device.type
+        return normed.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
 
 
 def rotation(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -214,6 +220,8 @@ class EvolmModel(EvolmPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -268,6 +276,7 @@ class EvolmForCausalLM(EvolmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -22,6 +22,14 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what no decoding means: raises UsageError."""
+        if self.max_tokens < 1 or self.top_k < 0 or not 0 < self.top_p <= 1 or not self.temperature >= 0:
+            raise UsageError(
+                "sampling needs max_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
+                f"got {self.max_tokens}, {self.temperature}, {self.top_k}, {self.top_p}"
+            )
+
 
 class Engine:
     """A model and its tokenizer, ready to continue texts."""
@@ -33,6 +41,7 @@ class Engine:
     @torch.inference_mode()
     def generate(self, prompt: str, sampling: Sampling) -> str:
         """The prompt and its continuation. Raises UsageError when the prompt leaves no room in the model's context."""
+        prompt = prompt.encode("utf-8", errors="replace").decode()  # a lone surrogate is no text
         encoded = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
         context = int(self.model.config.max_position_embeddings)
         length = int(encoded["input_ids"].shape[1])
@@ -45,7 +54,6 @@ class Engine:
             eos_token_id=self.tokenizer.eos_token_id,
             bos_token_id=self.tokenizer.bos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
-            # Neither is ever the next token of a text: a model that is unsure must not end up there.
             suppress_tokens=[self.tokenizer.pad_token_id, self.tokenizer.bos_token_id],
         )
         if sampling.temperature > 0:

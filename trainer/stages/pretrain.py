@@ -96,7 +96,7 @@ def pretrain(
             corpus=corpus,
             tokens=tokens,
             seed=seed,
-            start=_usable(stage.latest),
+            start=_usable(stage.final) or _usable(stage.latest),
             checkpoints=Checkpoints(latest=stage.latest, final=stage.final, seconds=checkpoint_seconds),
             device=device,
         )
