@@ -86,7 +86,7 @@ sarch: 1
         "4:19: data.sources.web.paht: unknown key 'paht' (did you mean 'path'?)",
         "5:28: data.mix.flor: unknown option of a simplex gene 'flor' (did you mean 'floor'?)",
         "7:3: model.d_modl: unknown key 'd_modl' (did you mean 'd_model'?)",
-        "8:13: model.n_layers: must be a whole number, is {\"flaot\":[2,6]} (a gene? did you mean the kind 'float'?)",
+        "8:13: model.n_layers: must be a whole number, is {\"flaot\": [2, 6]} (a gene? did you mean the kind 'float'?)",
         '9:12: model.n_heads: must be a whole number or a list, is "four"',
         "10:8: model.ffn: must be one of swiglu, gelu, relu2, is \"relu3\" (did you mean 'relu2'?)",
         "11:24: train.learning_rate: must be <= 1, is 100.0",
