@@ -6,15 +6,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from evolm import __version__
@@ -26,6 +24,7 @@ from evolm.progress import show
 from evolm.run import Run, load
 from evolm.run_folder import RunFolder, existing, new_or_named
 from evolm.search import Search
+from evolm.signals import on_signals
 from evolm.worker import Context, run_recipe
 from fitness.ledger import Ledger
 from search_spaces.genes import ChoiceGene, NumberGene
@@ -36,7 +35,6 @@ from trainer.data.tokenizer import open_tokenizer
 from trainer.recipe import Data
 
 EXECUTORS = ("ray", "inline")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Say = Callable[[str], None]
 
@@ -73,13 +71,12 @@ def start(
     settings = with_overrides(file.settings, **overrides)
     fresh = not folder.path.exists()
     with folder.locked():
-        try:
+        with ExitStack() as undo:
+            if fresh:  # where nothing was begun, nothing is left behind
+                undo.callback(shutil.rmtree, folder.path, ignore_errors=True)
             roots = [str(Path.cwd()), str(path.resolve().parent)]
             corpus = _prepare(file, cache or default_cache(), roots, say)
-        except BaseException:
-            if fresh:  # nothing was begun: leave nothing behind
-                shutil.rmtree(folder.path, ignore_errors=True)
-            raise
+            undo.pop_all()
         folder.space.write_text(file.text)
         meta = {
             "settings": settings.as_dict(),
@@ -245,15 +242,11 @@ def _stopped_by_signals(controller: Controller) -> Iterator[list[int]]:
     """First signal: launch nothing more, running trials save and end. Second: leave them. Third: die."""
     received: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int) -> None:
         received.append(number)
         if len(received) >= 3:
             os._exit(128 + number)
         controller.stop()
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
-    try:
+    with on_signals(handle):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

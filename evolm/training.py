@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from evolm.config import load_recipe
 from evolm.errors import UsageError
+from evolm.signals import on_signals
 from fitness.loss import loss_metrics, score_domains
 from search_spaces.quantities import format_count
 from trainer.cost import costs
@@ -69,7 +66,8 @@ def train_recipe(
     if threads:
         torch.set_num_threads(threads)
     chosen = recipe.train.seed if seed is None else seed
-    with _line(name) as show:
+    show = _Line(name)
+    with on_signals(show.hear):
         record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
     if record is not None and not record.finished:
         return Trained(folder=folder, record=None, signal=show.received)
@@ -124,6 +122,10 @@ class _Line:
         self._next = 0.0
         self._shown = 0.0
 
+    def hear(self, number: int) -> None:
+        """A signal came: training saves and ends after its current step."""
+        self.received = number
+
     def __call__(self, progress: Progress) -> bool:
         now = time.monotonic()
         last = progress.tokens >= progress.total_tokens
@@ -138,20 +140,3 @@ class _Line:
             end = "\r" if self._terminal and not last else "\n"
             print(f"{text:<78}" if self._terminal else text, end=end, file=sys.stderr, flush=True)
         return self.received is None
-
-
-@contextmanager
-def _line(name: str) -> Iterator[_Line]:
-    """A progress line that hears signals: the first one makes training save and end."""
-    line = _Line(name)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        line.received = number
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield line
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,7 +14,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -98,13 +98,11 @@ class Ledger:
 
     @classmethod
     def _opened(cls, path: Path, connect: Callable[[], sqlite3.Connection]) -> Ledger:
-        with _told(str(path)):
+        with _told(str(path)), ExitStack() as undo:
             ledger = cls(connect(), str(path))
-            try:
-                ledger._read()
-            except BaseException:
-                ledger.close()
-                raise
+            undo.callback(ledger.close)
+            ledger._read()
+            undo.pop_all()
         return ledger
 
     def _read(self) -> None:
@@ -353,10 +351,9 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
-    except BaseException:
+    finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-        raise
 
 
 @contextmanager

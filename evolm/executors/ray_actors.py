@@ -10,6 +10,7 @@ from typing import Any
 
 from evolm.errors import ExecutorError
 from evolm.executors.base import Job, Outcome, Runner, TrialProgress
+from evolm.packages import foreign_packages
 
 RESTARTS = 3
 """How often a slot's actor is replaced after its process died."""
@@ -25,6 +26,8 @@ class _Worker:
     """What runs in an actor's process. `run` occupies one thread; the other methods answer in another."""
 
     def __init__(self, runner: Runner) -> None:
+        if foreign := foreign_packages():  # a worker's environment may not be the driver's
+            raise RuntimeError(f"{os.uname().nodename}: {foreign[0]}")
         self._runner = runner
         self._progress: TrialProgress | None = None
         self._stop = threading.Event()
