@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from evolm.errors import ExecutorError
 from evolm.executors.base import Job, Outcome, Runner, TrialProgress
 from evolm.packages import foreign_packages
+
+CONNECT_SECONDS = 5.0
+"""How long an address may take to answer at all."""
 
 RESTARTS = 3
 """How often a slot's actor is replaced after its process died."""
@@ -186,6 +190,7 @@ def _connect(address: str | None) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if address is not None:
+        _someone_listens(address)
         _use_token()
     import logging
 
@@ -203,6 +208,19 @@ def _connect(address: str | None) -> None:
         where = "a local Ray" if address is None else f"the Ray cluster at {address}"
         token = "" if address is None or _token_there() else "; if it wants a token, set RAY_AUTH_TOKEN_PATH"
         raise ExecutorError(f"cannot reach {where}: {str(error).splitlines()[0]}{token}") from None
+
+
+def _someone_listens(address: str) -> None:
+    """Ray itself tries for minutes before it tells that nobody is at an address."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # 'auto', or what Ray makes of it
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ExecutorError(
+            f"cannot reach the Ray cluster at {address}: {error}; does `ray status --address {address}` find it?"
+        ) from None
 
 
 def _token_there() -> bool:

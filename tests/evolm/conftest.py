@@ -53,3 +53,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, space_text: str, cach
     ended = start(home / "words.yaml", run=str(home / "first"), executor="inline", cache=cache)
     write_report(ended.run.data(), ended.run.folder.report)
     return home / "first"
+
+
+@pytest.fixture(scope="session")
+def python_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text of the running Python, tokenised once for all tests of the group `python-text`."""
+    return tmp_path_factory.mktemp("python-cache") / "evolm"

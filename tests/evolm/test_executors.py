@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from evolm.errors import ExecutorError
 from evolm.executors.base import Executor, Job, Outcome, Tell, TrialProgress
 from evolm.executors.inline import InlineExecutor
 
@@ -149,3 +151,14 @@ class TestRay(ExecutorContract):
             outcomes += collect(executor, 1)
         assert [outcome.kind for outcome in outcomes] == ["fail", "fail", "fail", "fatal"]
         assert "it was replaced 3 times before" in str(outcomes[-1].error)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_listens_is_told_at_once(scheme: str) -> None:
+    from evolm.executors.ray_actors import RayExecutor
+
+    with socket.socket() as taken:  # bound, not listening: nobody else can be there
+        taken.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ExecutorError, match=f"cannot reach the Ray cluster at {address}: .*; `ray status"):
+            RayExecutor(runner, address=address)

@@ -34,12 +34,6 @@ def test_only_holds_heads_that_serving_engines_carry(path: Path) -> None:
         assert head in (32, 64, 80, 96, 112, 128) or path.stem == "tiny"
 
 
-@pytest.fixture(scope="module")
-def python_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text of the running Python, tokenised once for all spaces that train on it."""
-    return tmp_path_factory.mktemp("python-cache")
-
-
 SMALL = {
     # The demo and the architecture search as they are, but on fewer tokens and trials.
     "demo": ("tokens: [100K, 400K]", "tokens: [2K, 8K]"),
