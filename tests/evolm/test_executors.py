@@ -160,5 +160,5 @@ def test_an_address_where_nobody_listens_is_told_at_once(scheme: str) -> None:
     with socket.socket() as taken:  # bound, not listening: nobody else can be there
         taken.bind(("127.0.0.1", 0))
         address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ExecutorError, match=f"cannot reach the Ray cluster at {address}: .*; `ray status"):
+        with pytest.raises(ExecutorError, match=f"cannot reach the Ray cluster at {address}: .*; does `ray status"):
             RayExecutor(runner, address=address)

@@ -47,10 +47,11 @@ def rotation(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.
     """Cosines and sines of the rotary embedding, each (B or 1, T, E/2), for integer positions (B or 1, T).
 
     Pair i turns by position * theta^(-2i/E) (Su et al. 2021, arXiv 2104.09864, equation 15). Angles are computed in
-    fp32: bf16 cannot tell neighbouring positions apart beyond 256.
+    fp32 (bf16 cannot tell neighbouring positions apart beyond 256), frequency first as the stock classes do: at far
+    positions another order of operations moves logits.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = positions[..., None].float() / theta**exponent
+    angle = positions[..., None].float() * (1.0 / theta**exponent)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
