@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
+
+import numpy as np
 
 import search_spaces
 from evolm.algorithms import names
 from evolm.algorithms.fidelity import Fidelity, read_fidelity
-from fitness.objectives import MEASURED, read_objectives
+from evolm.gene_types import check_types, note
+from evolm.settings import Settings, SettingsSchema
+from fitness.objectives import MEASURED
 from search_spaces.errors import Path as KeyPath
-from search_spaces.errors import Problem, Problems, SpaceError, UsageError, nearest
-from search_spaces.genes import KINDS, ChoiceGene, Gene, ListGene, NumberGene
-from search_spaces.genome import Values, get
-from search_spaces.reading import is_derived, is_gene, read_gene
+from search_spaces.errors import Problems, SpaceError
+from search_spaces.extends import KEY as EXTENDS
+from search_spaces.extends import read_layers
+from search_spaces.genome import Values, difference
+from search_spaces.reading import is_derived, is_gene
+from search_spaces.repair import approach
 from search_spaces.yaml_source import Document, read_yaml
 from trainer import cost
 from trainer.recipe import NAME, Recipe
 from trainer.recipe_check import check, rule
 
 SECTIONS = tuple(Recipe.model_fields)
-SETTINGS = ("constraints", "baselines", "target", "objectives", "fidelity", "budget", "search", "resources")
+SETTINGS = tuple(SettingsSchema.model_fields)
 HEADER = ("version", "name")
-
-DEFAULT_OBJECTIVES = {"bits_per_byte": "min", "params": "min"}
-DEFAULT_TRIALS = 50
 
 
 class Space(search_spaces.Space):
@@ -42,33 +44,6 @@ class Space(search_spaces.Space):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a space is searched. `hours` bounds the wall clock, `trials` the genomes that are tried."""
-
-    objectives: dict[str, str]
-    target: dict[str, float] | None
-    fidelity: Fidelity
-    trials: int
-    hours: float | None
-    algorithm: str
-    seed: int
-    cpus: float
-    gpus: float
-    max_concurrent: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values, the way a run keeps them."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return values | {"fidelity": {"tokens": list(self.fidelity.rungs), "eta": self.fidelity.eta}}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of `as_dict`."""
-        ladder = values["fidelity"]
-        return cls(**{**values, "fidelity": Fidelity(tuple(ladder["tokens"]), ladder["eta"])})
-
-
-@dataclass(frozen=True, kw_only=True)
 class SpaceFile:
     """A space file that holds what it says."""
 
@@ -79,27 +54,29 @@ class SpaceFile:
 
     @property
     def text(self) -> str:
-        """The file's text."""
-        return "\n".join(self.document.lines)
+        """The file's text; where it extends others, all of them in one."""
+        return self.document.text
 
 
 def load_space(path: Path) -> SpaceFile:
     """Read a space file. Raises SpaceError with every problem found, each with its line and column."""
-    document = read_yaml(path)
+    document = read_layers(path)
     problems = Problems()
     values = document.value
-    name = _header(values, path, (*HEADER, *SECTIONS, *SETTINGS), problems)
+    name = _header(values, path, (*HEADER, EXTENDS, *SECTIONS, *SETTINGS), problems)
     recipe = {section: values[section] for section in SECTIONS if section in values}
+    own = "trial" not in values  # somebody else's trainer has recipes of its own
     space = Space.read(
         recipe,
-        _texts(values, "constraints", problems),
+        _listed(values, "constraints", str),
         problems,
-        exact=cost.exact_functions(),
-        rule=rule,
-        baselines=_baselines(values, problems),
+        exact=cost.exact_functions() if own else {},
+        rule=rule if own else None,
+        baselines=_listed(values, "baselines", dict),
     )
-    settings = _settings(values, problems)
-    _check_types(recipe, problems)
+    settings = _settings(values, problems, own)
+    if own:
+        check_types(recipe, problems)
     if space is not None and not problems.found:
         _check_baseline(space, problems)
     if problems.found:
@@ -117,7 +94,7 @@ def load_recipe(path: Path) -> tuple[str, Recipe]:
     recipe = {section: values[section] for section in SECTIONS if section in values}
     _refuse_genes(recipe, (), problems)
     if not problems.found:
-        _note(check(recipe), recipe, problems)
+        note(check(recipe), recipe, problems)
     if not problems.found and (words := rule(recipe)):
         problems.add((), words)
     if problems.found:
@@ -144,222 +121,87 @@ def _header(values: Values, path: Path, known: tuple[str, ...], problems: Proble
     return str(name)
 
 
-def _texts(values: Values, key: str, problems: Problems) -> list[str]:
-    given = values.get(key, [])
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-        problems.add((key,), "must be a list of expressions in quotes", value=given)
-        return []
-    return given
+def _listed(values: Values, key: str, kind: type) -> list[Any]:
+    """The items of a list, of what it holds of the right kind; the schema of the settings tells of the rest."""
+    given = values.get(key)
+    return [item for item in given if isinstance(item, kind)] if isinstance(given, list) else []
 
 
-def _baselines(values: Values, problems: Problems) -> list[dict[str, Any]]:
-    given = values.get("baselines", [])
-    if not isinstance(given, list):
-        problems.add(("baselines",), "must be a list of recipes, or parts of them", value=given)
-        return []
-    return given
-
-
-def _settings(values: Values, problems: Problems) -> Settings | None:
-    budget = _section(values, "budget", ("trials", "hours"), problems)
-    search = _section(values, "search", ("algorithm", "seed"), problems)
-    resources = _section(values, "resources", ("cpus", "gpus", "max_concurrent"), problems)
-    domains = sorted(values["data"].get("sources", {})) if isinstance(values.get("data"), dict) else []
-    objectives = _objectives(values, domains, problems)
-    target = _target(values, domains, problems)
-    fidelity = _fidelity(values, problems)
-    trials = _number(budget, "budget", "trials", DEFAULT_TRIALS, problems, low=1, whole=True)
-    hours = _number(budget, "budget", "hours", None, problems, low=0)
-    seed = _number(search, "search", "seed", 0, problems, low=0, whole=True)
-    algorithm = search.get("algorithm", "auto")
+def _settings(values: Values, problems: Problems, own: bool) -> Settings | None:
+    given = {key: values[key] for key in SETTINGS if key in values}
+    found = check(given, SettingsSchema)
+    note(found, given, problems)
+    broken = {path[0] for path, *_ in found if path}
+    domains = _domains(values)
+    if isinstance(given.get("target"), dict):
+        _check_target(given["target"], domains, problems)
+    if isinstance(given.get("objectives"), dict):
+        _check_objectives(given["objectives"], domains if own else None, problems)
+    algorithm = given["search"].get("algorithm", "auto") if isinstance(given.get("search"), dict) else "auto"
     if algorithm not in names():
         problems.unknown(("search", "algorithm"), str(algorithm), names(), "algorithm")
-    cpus = _number(resources, "resources", "cpus", 1, problems, low=0)
-    gpus = _number(resources, "resources", "gpus", 0, problems, low=0)
-    concurrent = _number(resources, "resources", "max_concurrent", None, problems, low=1, whole=True)
+    fidelity = _fidelity(values, problems) if "fidelity" not in broken else None
     if problems.found or fidelity is None:
         return None
-    return Settings(
-        objectives=objectives,
-        target=target,
-        fidelity=fidelity,
-        trials=int(trials or DEFAULT_TRIALS),
-        hours=hours,
-        algorithm=algorithm,
-        seed=int(seed or 0),
-        cpus=cpus or 0,
-        gpus=gpus or 0,
-        max_concurrent=None if concurrent is None else int(concurrent),
-    )
+    return Settings.of(SettingsSchema.model_validate(given), fidelity)
 
 
-def _section(values: Values, key: str, known: tuple[str, ...], problems: Problems) -> dict[str, Any]:
-    given = values.get(key, {})
-    if not isinstance(given, dict):
-        problems.add((key,), "must be a mapping", value=given)
-        return {}
-    for name in given:
-        if name not in known:
-            problems.unknown((key, name), name, known)
-    return given
+def _domains(values: Values) -> list[str]:
+    sources = values["data"].get("sources") if isinstance(values.get("data"), dict) else None
+    return sorted(sources) if isinstance(sources, dict) else []
 
 
-def _number(
-    section: Mapping[str, Any],
-    key: str,
-    name: str,
-    default: float | None,
-    problems: Problems,
-    *,
-    low: float,
-    whole: bool = False,
-) -> float | None:
-    value = section.get(name, default)
-    if value is None:
-        return None
-    kind = "a whole number" if whole else "a number"
-    wrong_type = isinstance(value, bool) or not isinstance(value, int | float) or (whole and isinstance(value, float))
-    if wrong_type or value < low:
-        problems.add((key, name), f"must be {kind} of at least {low}, is {value!r}", value=value)
-        return default
-    return float(value) if not whole else value
-
-
-def _objectives(values: Values, domains: list[str], problems: Problems) -> dict[str, str]:
-    given = values.get("objectives", DEFAULT_OBJECTIVES)
-    if not isinstance(given, dict):
-        problems.add(("objectives",), "must be a mapping such as {bits_per_byte: min, params: min}", value=given)
-        return DEFAULT_OBJECTIVES
-    known = {*MEASURED, *cost.NAMES, *(f"bits_per_byte/{domain}" for domain in domains)}
-    for metric in given:
-        if metric not in known:
-            problems.unknown(("objectives", metric), metric, known, "metric")
-    try:
-        read_objectives(given)
-    except UsageError as error:
-        text = str(error)
-        place = next((metric for metric in given if text.startswith(f"objectives.{metric}:")), None)
-        path: KeyPath = ("objectives", place) if place is not None else ("objectives",)
-        problems.add(path, text.split(": ", 1)[1])
-    return given
-
-
-def _target(values: Values, domains: list[str], problems: Problems) -> dict[str, float] | None:
-    given = values.get("target")
-    if given is None:
-        return None
-    if not isinstance(given, dict) or not given:
-        problems.add(("target",), "must be a mapping of domains to weights", value=given)
-        return None
-    for domain, weight in given.items():
+def _check_target(target: Mapping[str, Any], domains: list[str], problems: Problems) -> None:
+    for domain in target:
         if domain not in domains:
             problems.unknown(("target", domain), domain, domains, "domain")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-            problems.add(("target", domain), f"must be a number of at least 0, is {weight!r}", value=weight)
-            return None
-    if sum(given.values()) <= 0:
-        problems.add(("target",), "needs a positive weight")
-    return given
+    if not any(isinstance(weight, int | float) and weight for weight in target.values()):
+        problems.add(("target",), "needs a positive weight", help="leave `target` out for equal weights")
+
+
+def _check_objectives(objectives: Mapping[str, Any], domains: list[str] | None, problems: Problems) -> None:
+    """Names of metrics; those of somebody else's trainer (`domains` is None) are not ours to know."""
+    if not objectives:
+        problems.add(("objectives",), "at least one is needed", help="such as {bits_per_byte: min}")
+    if domains is None:
+        return
+    known = {*MEASURED, *cost.NAMES, *(f"bits_per_byte/{domain}" for domain in domains)}
+    for metric in objectives:
+        if metric not in known:
+            problems.unknown(("objectives", metric), metric, known, "metric")
 
 
 def _fidelity(values: Values, problems: Problems) -> Fidelity | None:
-    given = _section(values, "fidelity", ("tokens", "eta"), problems)
-    if "fidelity" not in values:
-        train = values.get("train")
-        tokens = train.get("tokens") if isinstance(train, dict) else None
-        if tokens is None:
-            problems.add((), "needs `fidelity: {tokens: [2M, 32M]}`: how many tokens a trial is trained on")
-            return None
-        given = {"tokens": tokens}
-    try:
-        fidelity = read_fidelity(given)
-    except UsageError as error:
-        key, words = str(error).removeprefix("fidelity.").split(": ", 1)
-        problems.add(("fidelity", key), words, value=given.get(key))
-        return None
-    schedule = values["train"].get("schedule", "wsd") if isinstance(values.get("train"), dict) else "wsd"
-    assert fidelity is not None and schedule is not None
-    return fidelity
-
-
-# --- types ------------------------------------------------------------------------------------------------------------
-
-
-def _check_types(recipe: Values, problems: Problems) -> None:
-    """Hold fixed values, and the extreme values of every gene, against the recipe's schema.
-
-    Works on what can be read: genes that are not in order are left out, and derived values, which depend on them.
-    """
-    genes: list[Gene] = []
-    plain = _without_genes(recipe, (), genes)
-    _note([entry for entry in check(plain) if entry[1] != "is missing" or entry[0] == ("data",)], recipe, problems)
-    for gene in genes:
-        for value in _extremes(gene):
-            candidate = copy.deepcopy(plain)
-            *way, last = gene.path
-            get(candidate, tuple(way))[last] = value
-            found = [entry for entry in check(candidate) if entry[0][: len(gene.path)] == gene.path]
-            if found:
-                _note([(gene.path, *found[0][1:])], recipe, problems)
-                break
-
-
-def _without_genes(node: Any, path: KeyPath, genes: list[Gene]) -> Any:
-    """A recipe with its genes taken out; those that can be read are added to `genes`."""
-    if not isinstance(node, dict):
-        return node
-    plain = {}
-    for key, value in node.items():
-        here = (*path, key)
-        if is_gene(value):
-            gene = read_gene(value, here, Problems())
-            genes += [gene] if gene is not None else []
-        elif not is_derived(value):
-            plain[key] = _without_genes(value, here, genes)
-    return plain
-
-
-def _extremes(gene: Gene) -> list[Any]:
-    values: list[Any] = [gene.default] if gene.when is not None else []
-    if isinstance(gene, NumberGene):
-        values += [gene.typed(gene.low), gene.typed(gene.high)]
-    elif isinstance(gene, ChoiceGene):
-        values += list(gene.items)
-    elif isinstance(gene, ListGene):
-        values += [[value] for value in _extremes(gene.item)]
-    return values
-
-
-def _note(found: list[tuple[KeyPath, str, str | None]], written: Values, problems: Problems) -> None:
-    for path, words, advice in found:
-        problems.found.append(
-            Problem(
-                path=path,
-                rule=words,
-                help=advice or _misspelt_kind(path, written),
-                on_key=words.startswith("unknown key"),
-            )
-        )
-
-
-def _misspelt_kind(path: KeyPath, written: Values) -> str | None:
-    """`{flaot: [0, 1]}` is a mapping to the reader and a gene to its writer."""
-    try:
-        node = get(written, path)
-    except KeyError:
-        return None
-    if not isinstance(node, Mapping) or is_gene(node) or is_derived(node):
-        return None
-    close = next((kind for key in node if (kind := nearest(str(key), [*KINDS, "expr"]))), None)
-    return f"a gene? did you mean the kind '{close}'?" if close else None
+    """The ladder that a file names, or the single rung of its recipe's own tokens."""
+    if values.get("fidelity"):
+        return read_fidelity(values["fidelity"])
+    train = values.get("train")
+    tokens = train.get("tokens") if isinstance(train, dict) else None
+    if isinstance(tokens, int):
+        return read_fidelity({"tokens": tokens}) if tokens > 0 else None
+    if tokens is None:
+        problems.add((), "needs `fidelity: {tokens: [2M, 32M]}`: how many tokens a trial is trained on")
+    elif is_gene(tokens) or is_derived(tokens):
+        problems.add(("train", "tokens"), "is no gene: rungs are told by `fidelity: {tokens: [2M, 32M]}`")
+    return None
 
 
 def _check_baseline(space: Space, problems: Problems) -> None:
-    for text, seen in space.violations(space.baseline):
+    """The recipe to beat has to be feasible; where it is not, say what to change, or that nothing helps."""
+    broken = space.violations(space.baseline)
+    if not broken:
+        return
+    near, left = approach(space, space.baseline, np.random.default_rng(0))
+    if left == 0:
+        changes = ", ".join(difference(space.baseline.values(), near.values()))
+        help = f"feasible and near, as `baseline:` of the genes: {changes}"
+    else:
+        seen = "; ".join(f"`{text}`: {words}" for text, words in space.violations(near))
+        help = f"no genome of this space was found that meets it; the nearest one still breaks {seen}"
+    for text, words in broken:
         index = next((i for i, constraint in enumerate(space.constraints) if constraint.text == text), None)
         path: KeyPath = () if index is None else ("constraints", index)
-        problems.add(path, f"the baseline breaks {f'`{text}`' if index is not None else text}: {seen}",
-                     help="give genes a `baseline:` that a careful engineer would defend")  # fmt: skip
+        problems.add(path, f"the baseline breaks {f'`{text}`' if index is not None else text}: {words}", help=help)
 
 
 def _refuse_genes(node: Any, path: KeyPath, problems: Problems) -> None:
@@ -368,13 +210,3 @@ def _refuse_genes(node: Any, path: KeyPath, problems: Problems) -> None:
     elif isinstance(node, dict):
         for key, value in node.items():
             _refuse_genes(value, (*path, key), problems)
-
-
-def refuse(document: Document, path: KeyPath, words: str) -> NoReturn:
-    """Raise one located problem of a file that was read."""
-    raise SpaceError(document.locate([Problem(path=path, rule=words)]))
-
-
-def with_overrides(settings: Settings, **given: Any) -> Settings:
-    """The settings with those that the command line names (the others are None)."""
-    return replace(settings, **{key: value for key, value in given.items() if value is not None})

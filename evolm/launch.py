@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evolm import __version__
-from evolm.config import Settings, SpaceFile, load_space, with_overrides
+from evolm.config import SpaceFile, load_space
 from evolm.controller import Budget, Controller, Why
 from evolm.errors import NothingFeasible, UsageError
 from evolm.executors.base import Executor
@@ -24,6 +24,7 @@ from evolm.progress import show
 from evolm.run import Run, load
 from evolm.run_folder import RunFolder, existing, new_or_named
 from evolm.search import Search
+from evolm.settings import Settings, with_overrides
 from evolm.signals import on_signals
 from evolm.worker import Context, run_recipe
 from fitness.ledger import Ledger
@@ -74,7 +75,7 @@ def start(
         with ExitStack() as undo:
             if fresh:  # where nothing was begun, nothing is left behind
                 undo.callback(shutil.rmtree, folder.path, ignore_errors=True)
-            roots = [str(Path.cwd()), str(path.resolve().parent)]
+            roots = [str(folder) for folder in (Path.cwd(), *file.document.folders)]
             corpus = _prepare(file, cache or default_cache(), roots, say)
             undo.pop_all()
         folder.space.write_text(file.text)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolm.config import Settings, SpaceFile, load_space
+from evolm.config import SpaceFile, load_space
 from evolm.errors import UsageError
 from evolm.run_folder import RunFolder, existing
 from evolm.search import comparable, front_of
+from evolm.settings import Settings
 from fitness.ledger import Ledger
 from fitness.objectives import Objective, minimised, read_objectives
 from fitness.pareto import Normaliser, knee

@@ -30,10 +30,10 @@ def short(value: Any) -> str:
     return str(value)
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], widest: int = WIDEST) -> str:
     """Columns wide enough for their cells, numbers to the right, without trailing blanks or control characters."""
     clean = [["".join(c for c in cell if c.isprintable()) for cell in row] for row in [list(header), *map(list, rows)]]
-    cut = [[cell if len(cell) <= WIDEST else cell[: WIDEST - 1] + "…" for cell in row] for row in clean]
+    cut = [[cell if len(cell) <= widest else cell[: widest - 1] + "…" for cell in row] for row in clean]
     widths = [max(len(row[i]) for row in cut) for i in range(len(header))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cut

@@ -24,7 +24,7 @@ from search_spaces import simplex
 from search_spaces.errors import Path, dotted
 from search_spaces.evaluation import ExpressionError, Lookup
 from search_spaces.expressions import Expression
-from search_spaces.genome import canonical_json, shown
+from search_spaces.genome import canonical_json, get, shown
 
 Rng = np.random.Generator
 
@@ -46,6 +46,10 @@ TRANSFERS = ("identity", "law", "width", "shape", "none")
 def rounded(value: float, digits: int = SIGNIFICANT_DIGITS) -> float:
     """A float to the digits that genomes keep: short in files, and exact in round trips through the unit interval."""
     return float(f"{value:.{digits}g}")
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def reflect(unit: float) -> float:
@@ -130,6 +134,14 @@ class Gene(ABC):
     def neighbours(self, value: Any) -> list[Any]:
         """The legal values one small step away."""
 
+    def moves(self, value: Any) -> list[Any]:
+        """Legal values to go to when a constraint is broken: small steps, and larger ones where there are some."""
+        return self.neighbours(value)
+
+    @abstractmethod
+    def summary(self) -> str:
+        """The gene's values in a few words."""
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The gene's own options as JSON values."""
@@ -148,7 +160,7 @@ class NumberGene(Gene):
     def width(self) -> int:
         return 1
 
-    @property
+    @cached_property
     def steps(self) -> int | None:
         """How many steps lie between the bounds; None for a continuous gene."""
         return None if self.step is None else math.floor((self.high - self.low) / self.step + 1e-9)
@@ -197,7 +209,9 @@ class NumberGene(Gene):
 
     def sample(self, rng: Rng) -> Any:
         if self.steps is not None and not self.log:
-            return self.legal(self.low + int(rng.integers(self.steps, endpoint=True)) * (self.step or 0))
+            return self.typed(
+                min(self.high, self.low + int(rng.integers(self.steps, endpoint=True)) * (self.step or 0))
+            )
         return self.decode([rng.random()])
 
     def mutate(self, value: Any, rng: Rng) -> Any:
@@ -222,6 +236,12 @@ class NumberGene(Gene):
             moved = [self.decode([unit - 0.1]), self.decode([unit + 0.1])]
         return [near for near in moved if near != value]
 
+    def moves(self, value: Any) -> list[Any]:
+        # Half of the way to either end, so that a wide range is crossed in few steps, then the neighbours.
+        unit = self.encode(value)[0]
+        far = [self.decode([unit / 2]), self.decode([(1 + unit) / 2])]
+        return [one for one in dict.fromkeys([*far, *self.neighbours(value)]) if one != value]
+
     def problem(self, value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return f"must be a number, is {shown(value)}"
@@ -230,6 +250,12 @@ class NumberGene(Gene):
         if not math.isclose(self.legal(value), value, rel_tol=1e-9, abs_tol=1e-12):
             return f"must be {self.low:g} plus a multiple of {self.step:g}, is {value:g}"
         return None
+
+    def summary(self) -> str:
+        if self.low == self.high:
+            return f"{self.low:g}"
+        step = f", step {self.step:g}" if self.step is not None and (self.kind, self.step) != ("int", 1) else ""
+        return f"{_short(self.low)} to {_short(self.high)}{step}{', log' if self.log else ''}"
 
     def describe(self) -> dict[str, Any]:
         options: dict[str, Any] = {"low": self.low, "high": self.high}
@@ -324,6 +350,9 @@ class ChoiceGene(Gene):
         others = self.neighbours(value)
         return others[int(rng.integers(len(others)))] if others else value
 
+    def moves(self, value: Any) -> list[Any]:
+        return [item for item in self.items if canonical_json(item) != canonical_json(value)]
+
     def neighbours(self, value: Any) -> list[Any]:
         index = self.index(value)
         near = [index - 1, index + 1] if self.ordered else range(len(self.items))
@@ -343,6 +372,9 @@ class ChoiceGene(Gene):
 
     def distance(self, one: Any, other: Any) -> float:
         return super().distance(one, other) if self.ordered else float(self.index(one) != self.index(other))
+
+    def summary(self) -> str:
+        return shown(list(self.items), 60)[1:-1] + (", ordered" if self.ordered else "")
 
     def describe(self) -> dict[str, Any]:
         return {"items": list(self.items), **({"ordered": True} if self.ordered else {})}
@@ -411,6 +443,13 @@ class SimplexGene(Gene):
                     near.append(moved)
         return near
 
+    def moves(self, value: Any) -> list[Any]:
+        # Each part half of the way to its ceiling, then to its floor; the others make room in proportion.
+        weights, (floor, ceiling) = self._weights(value), self.bounds
+        ends = [(part, end) for bounds in (ceiling, floor) for part, end in enumerate(bounds)]
+        found = [simplex.moved(weights, part, (weights[part] + end) / 2, floor, ceiling) for part, end in ends]
+        return [moved for moved in map(self._values, found) if moved != value]
+
     def encode(self, value: Any) -> list[float]:
         return [float(weight) for weight in self._weights(value)]
 
@@ -428,6 +467,11 @@ class SimplexGene(Gene):
     def distance(self, one: Any, other: Any) -> float:
         # Total variation: the share of the data that would have to come from elsewhere.
         return float(np.abs(self._weights(one) - self._weights(other)).sum()) / 2
+
+    def summary(self) -> str:
+        low, high = (f"{min(ends):g}" if len(set(ends)) == 1 else "own" for ends in (self.floor, self.ceiling))
+        bounds = [f"floor {low}"] * (low != "0") + [f"ceiling {high}"] * (high != "1")
+        return ", ".join([f"{len(self.names)} parts", *bounds])
 
     def describe(self) -> dict[str, Any]:
         options: dict[str, Any] = {"names": list(self.names), "floor": list(self.floor)}
@@ -507,6 +551,13 @@ class ListGene(Gene):
             [*value[:i], near, *value[i + 1 :]] for i in range(self.count) for near in self.item.neighbours(value[i])
         ]
 
+    def moves(self, value: Any) -> list[Any]:
+        # Every position at once, as a limit on the whole wants it, then one by one.
+        steps = [self.item.moves(item) for item in value]
+        together = [[move[i] for move in steps] for i in range(min(map(len, steps), default=0))]
+        single = [[*value[:i], move, *value[i + 1 :]] for i, moves in enumerate(steps) for move in moves]
+        return [*together, *single]
+
     def encode(self, value: Any) -> list[float]:
         # Positions beyond this genome's length carry the baseline's code: they say nothing.
         items = [*value, *[self.item.baseline] * (self.longest - len(value))]
@@ -522,6 +573,9 @@ class ListGene(Gene):
         longest = max(len(one), len(other))
         return (sum(shared) + longest - len(shared)) / longest
 
+    def summary(self) -> str:
+        return f"{self.length} times {self.item.summary()}"
+
     def describe(self) -> dict[str, Any]:
         return {"item": {"kind": self.item.kind, **self.item.describe()}, "length": str(self.length)}
 
@@ -530,3 +584,13 @@ KINDS: dict[str, type[Gene]] = {gene.kind: gene for gene in (FloatGene, IntGene,
 
 Choose = Callable[[Gene], Any]
 """Gives the value of one sized gene; how a genome is filled is a matter of what chooses."""
+
+
+def inherited(gene: Gene, parent: Mapping[str, Any], rng: Rng | None) -> Any:
+    """The parent's value, fitted to this genome; where the gene slept in the parent, a fresh one."""
+    value = get(parent, gene.path)
+    if isinstance(gene, ListGene) and isinstance(value, list):
+        value = gene.fit(value, rng)
+    if gene.problem(value) is None:
+        return value
+    return gene.sample(rng) if rng is not None else gene.fit(gene.baseline, None)

@@ -27,20 +27,12 @@ from search_spaces.genes import (
     SimplexGene,
 )
 from search_spaces.genome import canonical_json, shown
+from search_spaces.syntax import OPTIONS
 
 MAX_ITEMS = 10_000
 MAX_LIST = 1_024
 MAX_NODES = 1_000
 """Genes and derived values of one space."""
-
-_COMMON = ("baseline", "when", "default", "transfer")
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "float": (*_COMMON, "log", "step"),
-    "int": (*_COMMON, "step", "log"),
-    "choice": (*_COMMON, "ordered"),
-    "simplex": (*_COMMON, "floor", "ceiling"),
-    "list": (*_COMMON, "length"),
-}
 
 
 def is_gene(node: Any) -> bool:

@@ -74,19 +74,18 @@ def draw(rng: np.random.Generator, floor: Weights, ceiling: Weights) -> Weights:
     next of m+1 parts is Beta(1, m) with distribution function 1 - (1-t)^m. A ceiling cuts that Beta to the range in
     which the remaining parts can still be filled; parts are taken in random order so that none is favoured.
     """
-    order = rng.permutation(len(floor))
+    order = rng.permutation(len(floor)).tolist()
     weights = np.zeros(len(floor))
-    rest = 1.0
-    for position, part in enumerate(order):
-        others = order[position + 1 :]
-        if len(others) == 0:
+    rest, floors, ceilings = 1.0, float(floor.sum()), float(ceiling.sum())
+    lows, highs = floor.tolist(), ceiling.tolist()
+    for others, part in zip(range(len(order) - 1, -1, -1), order, strict=True):
+        if others == 0:
             weights[part] = rest
             break
-        free = rest - floor[part] - floor[others].sum()
-        share = _share(
-            rng, rest, free, float(floor[part]), float(ceiling[part]), float(ceiling[others].sum()), len(others)
-        )
-        weights[part] = floor[part] + max(0.0, free) * share
+        floors, ceilings = floors - lows[part], ceilings - highs[part]  # of the parts that are still to come
+        free = rest - lows[part] - floors
+        share = _share(rng, rest, free, lows[part], highs[part], ceilings, others)
+        weights[part] = lows[part] + max(0.0, free) * share
         rest -= weights[part]
     return rounded(weights, floor, ceiling)
 
@@ -100,7 +99,7 @@ def _share(
     least = min(1.0, max(0.0, rest - ceilings - floor) / free)
     most = min(1.0, (ceiling - floor) / free)
     below, above = 1 - (1 - least) ** others, 1 - (1 - most) ** others
-    return float(1 - (1 - rng.uniform(below, max(below, above))) ** (1 / others))
+    return 1 - (1 - (below + max(0.0, above - below) * rng.random())) ** (1 / others)
 
 
 def step(rng: np.random.Generator, weights: Weights, floor: Weights, ceiling: Weights, scale: float) -> Weights:
@@ -108,3 +107,19 @@ def step(rng: np.random.Generator, weights: Weights, floor: Weights, ceiling: We
     again."""
     moved = np.maximum(weights, 1e-3) * np.exp(scale * rng.standard_normal(len(weights)))
     return project(moved, floor, ceiling)
+
+
+def moved(weights: Weights, part: int, to: float, floor: Weights, ceiling: Weights) -> Weights:
+    """The weights with one of them set, as far as the bounds let it; what the others have above their floors is
+    scaled."""
+    others = np.arange(len(weights)) != part
+    highest = min(float(ceiling[part]), 1 - float(floor[others].sum()))
+    lowest = max(float(floor[part]), 1 - float(ceiling[others].sum()))
+    result = weights.copy()
+    result[part] = min(highest, max(lowest, to))
+    surplus = weights - floor
+    free = 1 - result[part] - floor[others].sum()
+    if surplus[others].sum() > 0:
+        result[others] = floor[others] + surplus[others] * (free / surplus[others].sum())
+    fits = bool(np.all(result <= ceiling + 1e-9))
+    return rounded(result, floor, ceiling) if fits else project(result, floor, ceiling)

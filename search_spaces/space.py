@@ -17,17 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search_spaces.errors import Path, Problem, Problems, SpaceError, dotted
-from search_spaces.evaluation import ExpressionError, Lookup, Place
+from search_spaces.evaluation import ExpressionError, Lookup
 from search_spaces.expressions import Expression
-from search_spaces.genes import Choose, Gene, ListGene, Rng
+from search_spaces.genes import Choose, Gene, Rng, inherited
 from search_spaces.genome import Genome, Values, canonical_json, get, leaves, shown
 from search_spaces.reading import MAX_NODES
-from search_spaces.tree import Constraint, Exact, Node, in_order, plain_json, read_constraints, read_tree
+from search_spaces.repair import repaired
+from search_spaces.tree import Constraint, Exact, Node, in_order, lookup_in, plain_json, read_constraints, read_tree
 
 MAX_CONSTRAINTS = 100
 
 MAX_TRIES = 1_000
 """How many genomes are drawn, at most, in search of a feasible one."""
+
+REPAIRED_TRIES = frozenset(16 * 2**i for i in range(6))
+"""Draws that are repaired when they are infeasible. Rejection alone keeps a gene's own distribution, and serves where
+one draw of ten or so is feasible; a repair serves where next to none is."""
 
 Rule = Callable[[Values], str | None]
 """Says in words why a genome is no complete, coherent recipe, or None."""
@@ -135,7 +140,7 @@ class Space:
 
     def sample(self, rng: Rng) -> Genome:
         """A random feasible genome. Raises SpaceError when `MAX_TRIES` draws find none."""
-        return self._feasible(lambda: self.fill(lambda gene: gene.sample(rng)))
+        return self._feasible(lambda: self.fill(lambda gene: gene.sample(rng)), rng)
 
     def mutate(self, genome: Genome, rng: Rng) -> Genome:
         """A feasible genome near the given one: one gene changed, each other with probability 1/n.
@@ -152,12 +157,12 @@ class Space:
             changed = {gene.path for gene, hit in zip(self.genes, hits, strict=True) if hit}
 
             def choose(gene: Gene) -> Any:
-                value = _inherited(gene, parent, rng)
+                value = inherited(gene, parent, rng)
                 return gene.mutate(value, rng) if gene.path in changed else value
 
             return self.fill(choose)
 
-        return self._feasible(propose, other_than=genome)
+        return self._feasible(propose, rng, other_than=genome)
 
     def cross(self, one: Genome, other: Genome, rng: Rng) -> Genome:
         """A feasible genome between two: half of the groups of genes come whole from one parent, the rest gene by
@@ -171,12 +176,12 @@ class Space:
             def choose(gene: Gene) -> Any:
                 whole = source[gene.group]
                 if whole is not None:
-                    return _inherited(gene, whole, rng)
-                return gene.cross(_inherited(gene, first, rng), _inherited(gene, second, rng), rng)
+                    return inherited(gene, whole, rng)
+                return gene.cross(inherited(gene, first, rng), inherited(gene, second, rng), rng)
 
             return self.fill(choose)
 
-        return self._feasible(propose)
+        return self._feasible(propose, rng)
 
     def neighbours(self, genome: Genome) -> list[Genome]:
         """The feasible genomes that differ from this one by one small step of one gene."""
@@ -186,7 +191,7 @@ class Space:
             for near in moved.neighbours(get(values, moved.path)):
 
                 def choose(gene: Gene, target: Path = moved.path, near: Any = near) -> Any:
-                    return near if gene.path == target else _inherited(gene, values, None)
+                    return near if gene.path == target else inherited(gene, values, None)
 
                 candidate = self.fill(choose)
                 if candidate != genome and not self.violations(candidate):
@@ -198,9 +203,10 @@ class Space:
         lookup = lookup_in(values)
         return [gene.sized(lookup) for gene in self.genes if gene.when is None or gene.when.test(lookup)]
 
-    def _feasible(self, propose: Callable[[], Genome], other_than: Genome | None = None) -> Genome:
+    def _feasible(self, propose: Callable[[], Genome], rng: Rng, other_than: Genome | None = None) -> Genome:
+        """The first feasible proposal; now and then, where nearly all are rejected, one is repaired instead."""
         broken: Counter[str] = Counter()
-        for _ in range(MAX_TRIES):
+        for tries in range(1, MAX_TRIES + 1):
             try:
                 genome = propose()
             except ExpressionError as error:  # a condition or derived value that these values leave without meaning
@@ -212,6 +218,8 @@ class Space:
             if not reasons:
                 return genome
             broken.update(text for text, _ in reasons)
+            if tries in REPAIRED_TRIES and (mended := repaired(self, genome, rng)) is not None and mended != other_than:
+                return mended
         if not broken:
             raise SpaceError(Problem(path=(), rule="the space holds a single genome"))
         text, count = broken.most_common(1)[0]
@@ -405,18 +413,6 @@ class Space:
         return described
 
 
-def lookup_in(values: Values, exact: Exact | None = None) -> Lookup:
-    """Names of expressions resolved in a genome: an exact cost by its name, anything else as a path."""
-
-    def lookup(place: Place) -> Any:
-        if exact is not None and len(place) == 1 and place[0] in exact:
-            value = exact[place[0]](values)
-            return value.item() if isinstance(value, np.generic) else value
-        return get(values, place)
-
-    return lookup
-
-
 def _plain(value: Any) -> Any:
     """A derived value as a recipe wants it: `d_model / 64` is a whole number where it comes out as one."""
     if isinstance(value, list):
@@ -427,16 +423,6 @@ def _plain(value: Any) -> Any:
 def _put(values: Values, path: Path, value: Any) -> None:
     *way, last = path
     get(values, tuple(way))[last] = value
-
-
-def _inherited(gene: Gene, parent: Values, rng: Rng | None) -> Any:
-    """The parent's value, fitted to this genome; where the gene slept in the parent, a fresh one."""
-    value = get(parent, gene.path)
-    if isinstance(gene, ListGene) and isinstance(value, list):
-        value = gene.fit(value, rng)
-    if gene.problem(value) is None:
-        return value
-    return gene.sample(rng) if rng is not None else gene.fit(gene.baseline, None)
 
 
 def _seen(expression: Expression, lookup: Lookup) -> str:

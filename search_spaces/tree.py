@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from search_spaces.errors import Path, Problems, dotted
-from search_spaces.evaluation import Place
+from search_spaces.evaluation import Lookup, Place
 from search_spaces.expressions import Expression
 from search_spaces.genes import Gene, ListGene
 from search_spaces.genome import Values, get, leaves, shown
@@ -193,3 +193,15 @@ def read_constraints(
                 _unknown_name(name, here, nodes, template, exact, problems)
         constraints.append(Constraint(expression))
     return constraints
+
+
+def lookup_in(values: Values, exact: Exact | None = None) -> Lookup:
+    """Names of expressions resolved in a genome: an exact cost by its name, anything else as a path."""
+
+    def lookup(place: Place) -> Any:
+        if exact is not None and len(place) == 1 and place[0] in exact:
+            value = exact[place[0]](values)
+            return value.item() if isinstance(value, np.generic) else value
+        return get(values, place)
+
+    return lookup

@@ -70,6 +70,16 @@ class Document:
             path = path[:-1]
         return (1, 1)
 
+    @property
+    def text(self) -> str:
+        """The file's text."""
+        return "\n".join(self.lines)
+
+    @property
+    def folders(self) -> list[FilePath]:
+        """Where the file lies: paths in it may be relative to here."""
+        return [FilePath(self.file).resolve().parent]
+
     def locate(self, problems: Iterable[Problem]) -> list[Problem]:
         """The problems with this file's name, lines and columns, in file order."""
         return located(problems, file=self.file, lines=self.lines, mark=self.mark)
@@ -141,6 +151,40 @@ def _refuse_bad_characters(text: str, lines: list[str], file: str) -> None:
     raise SpaceError(
         Problem(path=(), rule=rule, file=file, line=line, column=column, source=_BAD.sub("?", lines[line - 1]))
     )
+
+
+class _Unreadable(ValueError):
+    """A plain scalar that looks like a number and cannot be one."""
+
+    def __init__(self, rule: str, help: str | None = None) -> None:
+        self.rule, self.help = rule, help
+        super().__init__(rule)
+
+
+def plain_scalar(text: str) -> Any:
+    """What a scalar without quotes means: null, a truth value, a number, a quantity, or the text itself.
+
+    Raises ValueError for numbers that are too large or not finite.
+    """
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text):
+        if len(text) > 32 or abs(number := int(text, 0) if text[:2] in ("0o", "0x") else int(text)) > MAX_INTEGER:
+            raise _Unreadable("number is too large", "whole numbers end at 2^63 - 1")
+        return number
+    if _FLOAT.fullmatch(text):
+        if len(text) > 64:
+            raise _Unreadable("number has too many digits", "floats have about 16")
+        if not math.isfinite(real := float(text)):
+            raise _Unreadable("number is too large", "numbers end at about 1.8e308")
+        return real
+    if _NOT_FINITE.fullmatch(text):
+        raise _Unreadable("number must be finite")
+    if len(text) <= 32 and (quantity := parse_quantity(text)) is not None:
+        if abs(quantity) > MAX_INTEGER:
+            raise _Unreadable("number is too large", "whole numbers end at 2^63 - 1")
+        return quantity
+    return text
 
 
 class _Composer:
@@ -248,26 +292,10 @@ class _Composer:
             _refuse(self.file, self.lines, _start(event), f"more than {MAX_NODES} values, aliases expanded")
 
     def _scalar(self, event: Any, path: Path) -> Any:
-        text: str = event.value
-        if text in _WORDS:
-            return _WORDS[text]
-        if _INTEGER.fullmatch(text):
-            if len(text) > 32 or abs(number := int(text, 0) if text[:2] in ("0o", "0x") else int(text)) > MAX_INTEGER:
-                return self._problem(path, event, "number is too large", "whole numbers end at 2^63 - 1")
-            return number
-        if _FLOAT.fullmatch(text):
-            if len(text) > 64:
-                return self._problem(path, event, "number has too many digits", "floats have about 16")
-            if not math.isfinite(real := float(text)):
-                return self._problem(path, event, "number is too large", "numbers end at about 1.8e308")
-            return real
-        if _NOT_FINITE.fullmatch(text):
-            return self._problem(path, event, "number must be finite", None)
-        if len(text) <= 32 and (quantity := parse_quantity(text)) is not None:
-            if abs(quantity) > MAX_INTEGER:
-                return self._problem(path, event, "number is too large", "whole numbers end at 2^63 - 1")
-            return quantity
-        return text
+        try:
+            return plain_scalar(event.value)
+        except _Unreadable as error:
+            return self._problem(path, event, error.rule, error.help)
 
     def _problem(self, path: Path, event: Any, rule: str, help: str | None = None) -> None:
         line, column = _start(event)

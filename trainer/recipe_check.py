@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -47,27 +48,23 @@ def rule(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check(values: Mapping[str, Any]) -> list[tuple[Path, str, str | None]]:
+def check(values: Mapping[str, Any], schema: type[BaseModel] = Recipe) -> list[tuple[Path, str, str | None]]:
     """Every field that is unknown, missing, or of the wrong type or range: (path, rule, advice).
 
     Fields that are legal one by one but not together are left to `rule`.
     """
+    try:
+        schema.model_validate(dict(values))
+    except ValidationError as error:
+        # An error without a place is about fields that do not go together.
+        entries = [entry for entry in _deepest(error.errors(), values) if entry["loc"]]
+    else:
+        return []
     found: dict[Path, Finding] = {}
-    for section, field in Recipe.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
-        if section not in values:
-            if field.is_required():
-                found[(section,)] = ("is missing", None)
-            continue
-        try:
-            model.model_validate(values[section])
-        except ValidationError as error:
-            for entry in _deepest(error.errors(), values[section]):
-                path = _path_of(entry["loc"], values[section])
-                finding = _unknown(path, model) if entry["type"] == "extra_forbidden" else _words(entry)
-                place = (section, *path)
-                found[place] = _either(found[place], finding) if place in found else finding
+    for entry in entries:
+        path = _path_of(entry["loc"], values)
+        finding = _unknown(path, schema) if entry["type"] == "extra_forbidden" else _words(entry)
+        found[path] = _either(found[path], finding) if path in found else finding
     return [(path, words, advice) for path, (words, advice) in found.items()]
 
 
@@ -112,6 +109,8 @@ def _fields(annotation: Any, path: Path) -> list[str]:
             annotation = get_args(annotation)[1]
         else:
             annotation = annotation.model_fields[part].annotation
+        if get_origin(annotation) in (Union, UnionType):  # a section that may be absent
+            annotation = next(one for one in get_args(annotation) if hasattr(one, "model_fields"))
     return list(annotation.model_fields)
 
 

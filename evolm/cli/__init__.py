@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
 import typer
 
 from evolm import __version__
-from evolm.cli import looking, models, searching
+from evolm.cli import looking, models, searching, spaces
+from search_spaces.errors import EvolmError, SpaceError
 
 app = typer.Typer(
     name="evolm",
@@ -34,9 +36,17 @@ def _options(
     pass
 
 
+spaces.register(app)
 searching.register(app)
 looking.register(app)
 models.register(app)
+
+
+def _error_json(error: EvolmError) -> str:
+    """An error as one JSON object, every problem of a file by itself."""
+    problems = [problem.as_dict() for problem in error.problems] if isinstance(error, SpaceError) else []
+    told = {"schema_version": 1, "error": type(error).__name__, "message": str(error), "problems": problems}
+    return json.dumps({**told, "exit_code": error.exit_code}, indent=2, ensure_ascii=False)
 
 
 def main() -> None:
@@ -46,14 +56,15 @@ def main() -> None:
     if foreign := foreign_packages():
         print("error: " + "\n".join(foreign), file=sys.stderr)
         sys.exit(1)
-    from search_spaces.errors import EvolmError
-
     try:
         app()
     except EvolmError as error:
         if "EVOLM_DEBUG" in os.environ:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(_error_json(error))
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

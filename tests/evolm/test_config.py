@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import evolm
-from evolm.config import Settings, load_recipe, load_space
+from evolm.config import load_recipe, load_space
 from evolm.errors import SpaceError, UsageError
+from evolm.settings import Settings
 
 MINIMAL = """version: 1
 data:
@@ -93,12 +94,12 @@ sarch: 1
         "12:15: constraints[0]: unknown name 'parms' (did you mean 'params'?)",
         "13:10: target.wbe: unknown domain 'wbe' (did you mean 'web'?)",
         "14:14: objectives.bits_per_bite: unknown metric 'bits_per_bite' (did you mean 'bits_per_byte'?)",
-        "14:42: objectives.params: must be min or max, is 'low'",
+        '14:42: objectives.params: must be one of min, max, is "low"',
         "15:20: fidelity.tokens: must grow from rung to rung, is [4000000, 1000000]",
         "15:30: fidelity.ela: unknown key 'ela' (did you mean 'eta'?)",
         "16:10: budget.trails: unknown key 'trails' (did you mean 'trials'?)",
         "17:21: search.algorithm: unknown algorithm 'nsga' (did you mean 'nsga2'?)",
-        "17:33: search.seed: must be a whole number of at least 0, is -1",
+        "17:33: search.seed: must be >= 0, is -1",
         "18:1: sarch: unknown key 'sarch' (did you mean 'search'?)",
     ]
 
@@ -116,17 +117,17 @@ sarch: 1
         (("n_heads: 2", "n_heads: [2, 2]"), "model.n_heads has 2 items for 6 layers"),
         (("n_heads: 2", "n_heads: 2, n_layers: 0"), "model.n_layers: must be > 0, is 0"),
         (("n_heads: 2", "n_heads: 2, qk_norm: 1"), "model.qk_norm: must be true or false, is 1"),
-        (("tokens: 1M}", "tokens: 1M}\nbudget: {trials: 1.5}"), "budget.trials: must be a whole number of at least 1"),
+        (("tokens: 1M}", "tokens: 1M}\nbudget: {trials: 1.5}"), "budget.trials: must be a whole number, is 1.5"),
         (("tokens: 1M}", "tokens: 1M}\nbudget: 5"), "budget: must be a mapping"),
         (("tokens: 1M}", "tokens: 1M}\nobjectives: {}"), "objectives: at least one is needed"),
-        (("tokens: 1M}", "tokens: 1M}\ntarget: {web: -1}"), "target.web: must be a number of at least 0, is -1"),
+        (("tokens: 1M}", "tokens: 1M}\ntarget: {web: -1}"), "target.web: must be >= 0, is -1"),
         (("tokens: 1M}", "tokens: 1M}\ntarget: {web: 0}"), "target: needs a positive weight"),
-        (("tokens: 1M}", 'tokens: 1M}\nconstraints: "params < 1M"'), "constraints: must be a list of expressions"),
+        (("tokens: 1M}", 'tokens: 1M}\nconstraints: "params < 1M"'), "constraints: must be a list, is"),
         (("tokens: 1M}", 'tokens: 1M}\nconstraints: ["params"]'), "has no value for the baseline: must be true"),
         (("tokens: 1M}", 'tokens: 1M}\nconstraints: ["params <= 1K"]'), "the baseline breaks `params <= 1K`"),
         (("tokens: 1M}", "tokens: 1M}\nbaselines: [{model: {d_model: 48}}]"), "[0].model.d_model: must be 32 plus"),
         (("tokens: 1M}", "tokens: 1M}\nbaselines: [{model: {n_heads: 4}}]"), "is fixed at 2 in this space, got 4"),
-        (("tokens: 1M}", "tokens: 1M}\nresources: {gpus: -1}"), "resources.gpus: must be a number of at least 0"),
+        (("tokens: 1M}", "tokens: 1M}\nresources: {gpus: -1}"), "resources.gpus: must be >= 0, is -1"),
     ],
 )  # fmt: skip
 def test_one_thing_wrong(tmp_path: Path, change: tuple[str, str], expected: str) -> None:

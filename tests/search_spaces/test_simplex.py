@@ -110,9 +110,9 @@ class Counting(np.random.Generator):
 
     uniforms = 0
 
-    def uniform(self, *arguments, **options):
+    def random(self, *arguments, **options):
         self.uniforms += 1
-        return super().uniform(*arguments, **options)
+        return super().random(*arguments, **options)
 
 
 @properties

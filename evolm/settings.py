@@ -1,0 +1,146 @@
+"""How a space is searched: the part of a space file beside the recipe, and the one definition of what it may say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
+from trainer.recipe import Section
+
+Direction = Literal["min", "max"]
+
+DEFAULT_OBJECTIVES: dict[str, Direction] = {"bits_per_byte": "min", "params": "min"}
+
+
+def _whole(value: Any) -> Any:
+    """1e6 as the whole number that its writer means."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class FidelitySection(Section):
+    """How long trials are trained: on the first rung all of them, on each further one the better part."""
+
+    tokens: Count | list[Count] = Field(
+        description="training tokens: one number, or the first and the last rung, or all rungs"
+    )
+    eta: int = Field(DEFAULT_ETA, ge=2, description="of so many trials on a rung, one goes on to the next")
+
+    @field_validator("tokens")
+    @classmethod
+    def _grow(cls, tokens: int | list[int]) -> int | list[int]:
+        if isinstance(tokens, list) and (not tokens or any(low >= high for low, high in pairwise(tokens))):
+            raise ValueError(f"must grow from rung to rung, is {tokens}")
+        return tokens
+
+
+class BudgetSection(Section):
+    """When a search ends; `evolm resume` goes on with a larger budget."""
+
+    trials: Count = Field(50, description="genomes that are tried")
+    hours: float | None = Field(None, ge=0, description="hours after which nothing more is launched")
+
+
+class SearchSection(Section):
+    """Who proposes."""
+
+    algorithm: str = Field("auto", description="`auto`, `nsga2`, `random`, or a plug-in's name")
+    seed: Seed = Field(0, description="seed of proposals, initial weights and data order")
+
+
+class ResourcesSection(Section):
+    """What one trial gets."""
+
+    cpus: float = Field(1, ge=0, description="processor cores; as many threads")
+    gpus: float = Field(0, ge=0, description="accelerators, or the share of one")
+    max_concurrent: Count | None = Field(None, description="trials side by side; as many as fit when absent")
+
+
+class TrialSection(Section):
+    """Somebody else's trainer in place of evolm's own."""
+
+    command: list[str] = Field(
+        min_length=1, description="program and arguments that train one trial; its recipe is then free of evolm's keys"
+    )
+
+
+class SettingsSchema(Section):
+    """Everything in a space file that is neither recipe nor header."""
+
+    constraints: list[str] = Field([], description="conditions that every genome meets, as expressions")
+    baselines: list[dict[str, Any]] = Field(
+        [], description="known recipes, or parts of them (the rest is the baseline's), that are tried first"
+    )
+    target: dict[str, Weight] | None = Field(
+        None, description="weights of the domains in `bits_per_byte`; equal when absent"
+    )
+    objectives: dict[str, Direction] = Field(DEFAULT_OBJECTIVES, description="what is made small (min) or large (max)")
+    fidelity: FidelitySection | None = None
+    budget: BudgetSection = BudgetSection()
+    search: SearchSection = SearchSection()
+    resources: ResourcesSection = ResourcesSection()
+    trial: TrialSection | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a space is searched. `hours` bounds the wall clock, `trials` the genomes that are tried."""
+
+    objectives: dict[str, str]
+    target: dict[str, float] | None
+    fidelity: Fidelity
+    trials: int
+    hours: float | None
+    algorithm: str
+    seed: int
+    cpus: float
+    gpus: float
+    max_concurrent: int | None
+    command: tuple[str, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, the way a run keeps them."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {
+            "fidelity": {"tokens": list(self.fidelity.rungs), "eta": self.fidelity.eta},
+            "command": None if self.command is None else list(self.command),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """The inverse of `as_dict`."""
+        ladder, command = values["fidelity"], values.get("command")
+        return cls(
+            **{
+                **values,
+                "fidelity": Fidelity(tuple(ladder["tokens"]), ladder["eta"]),
+                "command": None if command is None else tuple(command),
+            }
+        )
+
+    @classmethod
+    def of(cls, given: SettingsSchema, fidelity: Fidelity) -> Settings:
+        """The settings of a file whose sections were read."""
+        return cls(
+            objectives=dict(given.objectives),
+            target=given.target,
+            fidelity=fidelity,
+            **given.budget.model_dump(),
+            **given.search.model_dump(),
+            **given.resources.model_dump(),
+            command=None if given.trial is None else tuple(given.trial.command),
+        )
+
+
+def with_overrides(settings: Settings, **given: Any) -> Settings:
+    """The settings with those that the command line names (the others are None)."""
+    return replace(settings, **{key: value for key, value in given.items() if value is not None})
