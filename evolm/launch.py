@@ -65,6 +65,8 @@ def start(
     """
     _check_executor(executor)
     file = load_space(path)
+    if file.settings.command is not None:
+        raise UsageError(f"{path}: `trial.command` is read and checked, but this version does not run it yet")
     folder = new_or_named(run, file.name)
     if folder.exists:
         _refuse_other_space(folder, file)

@@ -99,7 +99,7 @@ def _share(
     least = min(1.0, max(0.0, rest - ceilings - floor) / free)
     most = min(1.0, (ceiling - floor) / free)
     below, above = 1 - (1 - least) ** others, 1 - (1 - most) ** others
-    return 1 - (1 - (below + max(0.0, above - below) * rng.random())) ** (1 / others)
+    return float(1 - (1 - (below + max(0.0, above - below) * rng.random())) ** (1 / others))
 
 
 def step(rng: np.random.Generator, weights: Weights, floor: Weights, ceiling: Weights, scale: float) -> Weights:

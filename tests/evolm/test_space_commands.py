@@ -108,6 +108,8 @@ def test_somebody_elses_trainer_has_keys_of_its_own(evolm) -> None:
     assert evolm("init", "mine.yaml", "--template", "command").code == 0
     settings = load_space(Path("mine.yaml")).settings
     assert settings.command == ("python", "my_train.py") and settings.objectives == {"loss": "min"}
+    said = evolm("search", "mine.yaml")
+    assert said.code == 2 and "`trial.command` is read and checked, but this version does not run it yet" in said.err
     text = Path("mine.yaml").read_text()
     Path("mine.yaml").write_text(text.replace('["python", "my_train.py"]', "[]"))
     assert "trial.command: " in evolm("validate", "mine.yaml").err

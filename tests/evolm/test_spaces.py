@@ -28,8 +28,9 @@ def test_is_read_and_its_baseline_is_feasible(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
 def test_only_holds_heads_that_serving_engines_carry(path: Path) -> None:
-    for genome in [load_space(path).space.baseline]:
-        model = genome.values()["model"]
+    file = load_space(path)
+    if file.settings.command is None:
+        model = file.space.baseline.values()["model"]
         head = model.get("head_dim") or model["d_model"] // model["n_heads"]
         assert head in (32, 64, 80, 96, 112, 128) or path.stem == "tiny"
 
@@ -39,6 +40,7 @@ SMALL = {
     "demo": ("tokens: [100K, 400K]", "tokens: [2K, 8K]"),
     "architecture": ("tokens: [500K, 2M]", "tokens: [1K, 4K]"),
     "tiny": ("", ""),
+    "cpu": ("tokens: [500K, 4M], eta: 3", "tokens: [8K, 32K]"),
     "data_mix": ("tokens: [2M, 8M]", "tokens: [8K, 32K]"),
     "gpt2_small": ("tokens: [160M, 2560M]", "tokens: [1K, 2K]"),
 }
@@ -56,12 +58,17 @@ SMALLER_MODEL = {
         ("gpus: 1", "gpus: 0"),
     ],
     "data_mix": [("vocab_size: 4096", "vocab_size: 300"), ("sequence_length: 256", "sequence_length: 32")],
+    "cpu": [
+        ("{choice: [2048, 4096, 8192], ordered: true, baseline: 4096}", "{choice: [280, 300]}"),
+        ("sequence_length: 256", "sequence_length: 32"),
+        ("{choice: [4096, 8192, 16384], ordered: true}", "{choice: [256, 512]}"),
+    ],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("python-text")
-@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem != "command"], ids=lambda path: path.stem)
 def test_is_searched(
     path: Path, evolm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words_corpus: Path, python_cache: Path
 ) -> None:
