@@ -22,7 +22,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
 Seed = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 

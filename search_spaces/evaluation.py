@@ -272,21 +272,30 @@ def _length(value: Any) -> int:
 @dataclass(frozen=True)
 class Function:
     call: Callable[..., Any]
+    about: str
     arity: tuple[int, int] = (1, 1)
 
 
 _MANY = 1000
 
 FUNCTIONS: dict[str, Function] = {
-    "min": Function(lambda *values: min(_numbers(values)), (1, _MANY)),
-    "max": Function(lambda *values: max(_numbers(values)), (1, _MANY)),
-    "sum": Function(lambda *values: sum(_numbers(values)) if values != ([],) else 0, (1, _MANY)),
-    "abs": Function(_each(abs)),
-    "round": Function(_each(lambda value: math.floor(value + 0.5))),
-    "round_to": Function(_round_to, (2, 2)),
-    "floor": Function(_each(math.floor)),
-    "ceil": Function(_each(math.ceil)),
-    "len": Function(_length),
-    "all": Function(lambda items: all(_truths(items))),
-    "any": Function(lambda items: any(_truths(items))),
+    "min": Function(lambda *values: min(_numbers(values)), "the least of several numbers, or of a list", (1, _MANY)),
+    "max": Function(lambda *values: max(_numbers(values)), "the greatest of several numbers, or of a list", (1, _MANY)),
+    "sum": Function(
+        lambda *values: sum(_numbers(values)) if values != ([],) else 0,
+        "the sum of several numbers or a list",
+        (1, _MANY),
+    ),
+    "abs": Function(_each(abs), "the absolute value, item by item"),
+    "round": Function(
+        _each(lambda value: math.floor(value + 0.5)), "the nearest whole number, halves up, item by item"
+    ),
+    "round_to": Function(
+        _round_to, "`round_to(x, step)`: the multiple of step nearest to x, at least one step, item by item", (2, 2)
+    ),
+    "floor": Function(_each(math.floor), "the next whole number below, item by item"),
+    "ceil": Function(_each(math.ceil), "the next whole number above, item by item"),
+    "len": Function(_length, "the number of items of a list, or characters of a word"),
+    "all": Function(lambda items: all(_truths(items)), "whether every item of a list is true"),
+    "any": Function(lambda items: any(_truths(items)), "whether some item of a list is true"),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -19,21 +19,29 @@ MICRO_BATCH_TOKENS = 4096
 """Tokens per forward pass when the recipe does not say."""
 
 
+def about(words: str) -> Any:
+    """A cost with its meaning."""
+    return field(metadata={"about": words})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """What a recipe costs. FLOPs count a multiply and an add as two; bytes are bytes."""
 
-    params: int
-    active_params: int
-    embedding_params: int
-    flops_per_token: float
-    forward_flops_per_token: float
-    train_memory: float
-    kv_bytes_per_token: int
-    checkpoint_bytes: int
+    params: int = about("parameters")
+    active_params: int = about("parameters that one token uses; fewer than `params` in a mixture of experts")
+    embedding_params: int = about("parameters of the embeddings and of an untied output head")
+    flops_per_token: float = about("floating-point operations of one training step, for each token")
+    forward_flops_per_token: float = about("floating-point operations of the forward pass, for each token")
+    train_memory: float = about("bytes of one training step: weights, gradients, optimiser, activations")
+    kv_bytes_per_token: int = about("bytes of the key-value cache for each token, in 16 bits")
+    checkpoint_bytes: int = about("bytes of a checkpoint to resume from")
 
 
-NAMES = tuple(Costs.__dataclass_fields__)
+MEANINGS: dict[str, str] = {one.name: one.metadata["about"] for one in fields(Costs)}
+"""What each cost is, in words."""
+
+NAMES = tuple(MEANINGS)
 
 
 def costs(recipe: Recipe) -> Costs:

@@ -41,7 +41,7 @@ class Source(Section):
 class Tokenizer(Section):
     """Byte-level byte-pair encoding, trained on equal shares of every source's training text."""
 
-    kind: Literal["bpe"] = "bpe"
+    kind: Literal["bpe"] = Field("bpe", description="byte-level byte-pair encoding")
     vocab_size: int = Field(4096, ge=SMALLEST_VOCABULARY, le=2**20, description="entries, special tokens included")
 
 
@@ -93,18 +93,18 @@ class Model(Section):
     """A decoder-only transformer: pre-norm RMSNorm blocks with rotary positions. Lists give one value per layer."""
 
     d_model: Positive = Field(256, description="width of the residual stream")
-    n_layers: int = Field(6, gt=0, le=1024)
+    n_layers: int = Field(6, gt=0, le=1024, description="blocks")
     n_heads: PerLayer = Field(4, description="query heads")
     n_kv_heads: PerLayer | None = Field(None, description="key and value heads; as many as query heads when absent")
     head_dim: Positive | None = Field(None, description="d_model / n_heads when absent")
-    ffn: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    ffn: Literal["swiglu", "gelu", "relu2"] = Field("swiglu", description="kind of the feed-forward part")
     ffn_dim: PerLayer | None = Field(
         None, description="8/3 d_model for swiglu, otherwise 4 d_model, to a multiple of 32, when absent"
     )
     qk_norm: bool = Field(True, description="RMSNorm of each query and key head")
     tie_embeddings: bool = Field(True, description="one matrix for input and output embeddings")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
-    norm_eps: float = Field(1e-6, gt=0)
+    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
 
     def layers(self) -> list[Layer]:
@@ -126,11 +126,11 @@ class Train(Section):
     """The optimisation: how many tokens, in which batches, with which step sizes."""
 
     tokens: Positive | None = Field(None, description="training tokens; a search takes them from `fidelity`")
-    optimizer: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    optimizer: Literal["adamw"] = Field("adamw", description="how gradients become steps")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="its peak, after warmup")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
+    adam_eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
     weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     batch_tokens: Positive = Field(16_384, description="tokens per optimiser step")
@@ -138,10 +138,10 @@ class Train(Section):
         None, description="tokens per forward pass; chosen by evolm when absent; changes memory, never results"
     )
     schedule: Literal["wsd", "constant"] = Field("wsd", description="warmup-stable-decay, or constant after warmup")
-    warmup_steps: int = Field(40, ge=0)
+    warmup_steps: int = Field(40, ge=0, description="steps over which the learning rate rises from zero")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="share of the tokens over which wsd decays to zero")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the matrix products; weights stay fp32")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of initial weights and data order")
 
 
 class Recipe(Section):
