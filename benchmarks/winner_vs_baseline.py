@@ -28,6 +28,8 @@ def train(recipe: Values, folder: Path, tokens: int, seed: int, run: evolm.Run) 
     command = [sys.executable, "-m", "evolm", "train", str(folder / "recipe.yaml"), "--out", str(folder)]
     command += ["--tokens", str(tokens), "--seed", str(seed), "--threads", "1", "--test", "--no-export"]
     command += ["--cache", run.ledger.meta["cache"]]
+    if run.settings.target:
+        command += ["--target", json.dumps(run.settings.target)]
     command += [word for root in run.ledger.meta["roots"] for word in ("--root", root)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     record = json.loads((folder / "record.json").read_text())
@@ -40,9 +42,10 @@ def main() -> None:
     parser.add_argument("--trial", default="best")
     parser.add_argument("--tokens", default="2M")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/winner-vs-baseline"))
+    parser.add_argument("--out", type=Path, help="RUN/winner-vs-baseline when absent")
     options = parser.parse_args()
     run = evolm.load(options.run)
+    options.out = options.out or run.folder.path / "winner-vs-baseline"
     tokens = int(parse_quantity(options.tokens) or options.tokens)
     recipes = {"winner": run.trial(options.trial).genome, "baseline": run.file.space.baseline.values()}
     jobs = [(name, seed) for seed in range(1, options.seeds + 1) for name in recipes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,8 +201,16 @@ def _check_baseline(space: Space, problems: Problems) -> None:
         help = f"no genome of this space was found that meets it; the nearest one still breaks {seen}"
     for text, words in broken:
         index = next((i for i, constraint in enumerate(space.constraints) if constraint.text == text), None)
-        path: KeyPath = () if index is None else ("constraints", index)
-        problems.add(path, f"the baseline breaks {f'`{text}`' if index is not None else text}: {words}", help=help)
+        if index is None:
+            problems.add(_named_path(words), words, help=help if left == 0 else None)
+        else:
+            problems.add(("constraints", index), f"the baseline breaks `{text}`: {words}", help=help)
+
+
+def _named_path(words: str) -> KeyPath:
+    """The part of the recipe that a rule begins to speak of: its place in the file."""
+    found = re.search(r"\b(?:data|model|train)(?:\.\w+)+", words)
+    return tuple(found[0].split(".")) if found else ()
 
 
 def _refuse_genes(node: Any, path: KeyPath, problems: Problems) -> None:

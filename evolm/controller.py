@@ -18,8 +18,8 @@ from fitness.trial import Trial
 TICK = 0.5
 """Seconds between looks at signals, deadlines and progress while nothing comes in."""
 
-LAUNCHES = 3
-"""How often a trial is launched, at most, when its worker is lost."""
+LOSSES = 3
+"""How many workers a trial may lose on its way to one rung: a genome that kills its worker is given up."""
 
 Why = Literal["budget", "exhausted", "interrupted"]
 
@@ -72,7 +72,8 @@ class Controller:
         while True:
             if not self.stopping and not self.overdue:
                 self.launch()
-            if not self.running or self.abandoning:
+            # Without idle workers and running trials, workers are being replaced: `wait` waits for them.
+            if self.abandoning or (not self.running and (self.executor.idle() or self.stopping or self.overdue)):
                 break
             for outcome in self.executor.wait(TICK):
                 self.take(outcome)
@@ -104,11 +105,13 @@ class Controller:
     def launch(self) -> None:
         """Give every idle worker a trial, as long as there is one."""
         for slot in self.executor.idle():
-            asked = self.next(self.executor.workers[slot])
+            asked = None if self.stopping else self.next(self.executor.workers[slot])
             if asked is None:
-                return
+                break
             self.running[asked.id] = asked
             self.executor.submit(slot, self.job(asked))
+        if self.stopping:  # a signal came while a trial was handed over: it has not heard
+            self.executor.interrupt()
 
     def next(self, worker: Mapping[str, Any]) -> Asked | None:
         """An interrupted or promoted trial, otherwise a new one while the budget lasts."""
@@ -155,7 +158,8 @@ class Controller:
             return self.search.ledger.infeasible(asked.id, outcome.message)
         if outcome.kind == "fail":
             assert outcome.reason is not None
-            again = outcome.reason == "interrupted" or (outcome.reason == "lost" and asked.attempt < LAUNCHES)
+            lost = self.search.ledger.trials[asked.id].lost + 1  # with this one
+            again = outcome.reason == "interrupted" or (outcome.reason == "lost" and lost < LOSSES)
             return self.search.fail(
                 asked, outcome.reason, outcome.message, flops=flops, seconds=seconds, final=not again
             )

@@ -11,6 +11,7 @@ EvolmError                      1   root; the number is the exit code of the com
 ├── CheckpointError             5   a checkpoint: missing, torn, or of another run
 ├── GateError                   6   a gate said no: worse than the baseline
 ├── ParityError                 6   an exported model that is not the trained one
+├── Interrupted           130, 143   a signal ended the work; everything is saved
 ├── BadMetrics                  1   a trial told something that is no finite number
 ├── SpaceExhausted              1   every genome of the space has been proposed
 ├── ExecutorError               1   workers that cannot be had
@@ -18,6 +19,8 @@ EvolmError                      1   root; the number is the exit code of the com
     ├── Diverged                    no longer finite, or worse than guessing
     └── Leak                        the model sees what it predicts
 """
+
+from typing import Any
 
 from fitness.errors import BadMetrics, RunBusy, StorageError
 from search_spaces.errors import EvolmError, Problem, SpaceError, UsageError
@@ -32,9 +35,18 @@ class NothingFeasible(EvolmError):
 
 
 class GateError(EvolmError):
-    """A result that must not be passed on."""
+    """A result that must not be passed on. `result` is what was judged, where there is more to show than words."""
 
     exit_code = 6
+    result: Any = None
+
+
+class Interrupted(EvolmError):
+    """Work that a signal ended in order. The exit code is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__("interrupted, everything is saved; the same command goes on")
 
 
 class SpaceExhausted(EvolmError):
@@ -54,6 +66,7 @@ __all__ = [
     "ExecutorError",
     "ExpressionError",
     "GateError",
+    "Interrupted",
     "Leak",
     "NothingFeasible",
     "ParityError",

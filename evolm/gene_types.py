@@ -10,7 +10,7 @@ from search_spaces.errors import Path as KeyPath
 from search_spaces.errors import Problem, Problems, nearest
 from search_spaces.genes import KINDS, ChoiceGene, Gene, ListGene, NumberGene
 from search_spaces.genome import Values, get
-from search_spaces.reading import is_derived, is_gene, read_gene
+from search_spaces.reading import hides_gene, is_derived, is_gene, read_gene
 from trainer.recipe_check import check
 
 
@@ -19,6 +19,8 @@ def check_types(recipe: Values, problems: Problems) -> None:
 
     Works on what can be read: genes that are not in order are left out, and derived values, which depend on them.
     """
+    for path, words in JUDGED_ALIKE.items():
+        _refuse_genes_below(recipe, path, words, problems)
     genes: list[Gene] = []
     plain = _without_genes(recipe, (), genes)
     note([entry for entry in check(plain) if entry[1] != "is missing" or entry[0] == ("data",)], recipe, problems)
@@ -31,6 +33,25 @@ def check_types(recipe: Values, problems: Problems) -> None:
             if found:
                 note([(gene.path, *found[0][1:])], recipe, problems)
                 break
+
+
+JUDGED_ALIKE: dict[KeyPath, str] = {
+    ("data", "sources"): "all trials read the same text",
+    ("data", "held_out"): "all trials are judged on the same text",
+    ("train", "seed"): "trials are compared on the same seed, `search: {seed: 0}`",
+}
+"""Where no gene may stand: differences of what is trained would be mixed up with differences of how it is judged."""
+
+
+def _refuse_genes_below(recipe: Values, path: KeyPath, words: str, problems: Problems) -> None:
+    node: Any = recipe
+    for i, key in enumerate(path):
+        node = node.get(key) if isinstance(node, Mapping) else None
+        if is_gene(node) or is_derived(node) or (i + 1 == len(path) and hides_gene(node)):
+            problems.add(path[: i + 1], f"cannot be a gene: {words}")
+            return
+    if path == ("train", "seed") and node is not None:
+        problems.add(path, "is not read by a search", help="write `search: {seed: ...}`")
 
 
 def _without_genes(node: Any, path: KeyPath, genes: list[Gene]) -> Any:

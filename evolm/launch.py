@@ -5,23 +5,25 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from evolm import __version__
+from evolm.algorithms import load_algorithm
 from evolm.config import SpaceFile, load_space
 from evolm.controller import Budget, Controller, Why
-from evolm.errors import NothingFeasible, UsageError
+from evolm.errors import DataError, EvolmError, NothingFeasible, Problem, SpaceError, UsageError
 from evolm.executors.base import Executor
 from evolm.progress import show
-from evolm.run import Run, load
+from evolm.run import Run, current_settings, load
 from evolm.run_folder import RunFolder, existing, new_or_named
 from evolm.search import Search
 from evolm.settings import Settings, with_overrides
@@ -30,6 +32,7 @@ from evolm.worker import Context, run_recipe
 from fitness.ledger import Ledger
 from search_spaces.genes import ChoiceGene, NumberGene
 from search_spaces.genome import difference
+from search_spaces.yaml_source import Document
 from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import open_tokenizer
@@ -42,11 +45,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a search ended: the run, why, and the signal that ended it."""
+    """How a search ended: the run, why, the signal that ended it, and whether it was not waited for running trials."""
 
     run: Run
     why: Why
     signal: int | None
+    abandoned: bool = False
 
 
 def start(
@@ -68,10 +72,12 @@ def start(
     if file.settings.command is not None:
         raise UsageError(f"{path}: `trial.command` is read and checked, but this version does not run it yet")
     folder = new_or_named(run, file.name)
+    _forget_unbegun(folder)
     if folder.exists:
         _refuse_other_space(folder, file)
         return resume(str(folder.path), executor=executor, address=address, cache=cache, say=say, **overrides)
     settings = with_overrides(file.settings, **overrides)
+    load_algorithm(settings.algorithm)
     fresh = not folder.path.exists()
     with folder.locked():
         with ExitStack() as undo:
@@ -108,12 +114,16 @@ def resume(
     with folder.locked():
         file = load_space(folder.space)
         ledger = Ledger.open(folder.ledger, write=True)
-        begun = Settings.from_dict(ledger.meta["settings"])
+        begun = current_settings(ledger)
         for name in ("algorithm", "seed"):
             wanted = overrides.get(name)
             if wanted is not None and wanted != getattr(begun, name):
                 raise UsageError(f"run '{folder.name}' was begun with {name} {getattr(begun, name)}, not {wanted}")
         settings = with_overrides(begun, **overrides)
+        if settings.trials < len(ledger.trials):
+            raise UsageError(f"--trials {settings.trials}: run '{folder.name}' has {len(ledger.trials)} already")
+        if settings.trials == len(ledger.trials) and not ledger.in_state("proposed", "running"):
+            say(f"all {settings.trials} trials of the budget were tried; for more, give --trials N")
         _prepare(file, cache or Path(ledger.meta["cache"]), ledger.meta["roots"], say)
         return _work(folder, file, settings, ledger, executor, address, say, cache=cache)
 
@@ -121,6 +131,17 @@ def resume(
 def _check_executor(executor: str) -> None:
     if executor not in EXECUTORS:
         raise UsageError(f"--executor must be one of {', '.join(EXECUTORS)}, is '{executor}'")
+
+
+def _forget_unbegun(folder: RunFolder) -> None:
+    """Take away a run whose workers never came: nothing was tried, and its space may have been what was wrong."""
+    if not folder.exists or folder.busy:
+        return
+    with closing(Ledger.open(folder.ledger)) as ledger:
+        begun = bool(ledger.trials)
+    if not begun:
+        for path in (folder.ledger, *folder.path.glob(f"{folder.ledger.name}-*"), folder.space):
+            path.unlink(missing_ok=True)
 
 
 def _refuse_other_space(folder: RunFolder, file: SpaceFile) -> None:
@@ -139,11 +160,23 @@ def _prepare(file: SpaceFile, cache: Path, roots: list[str], say: Say) -> Corpus
     fill."""
     data = Data.model_validate(file.space.baseline.values()["data"])
     say("reading the corpus")
-    corpus = Corpus.open(data, cache, [Path(root) for root in roots])
+    try:
+        corpus = Corpus.open(data, cache, [Path(root) for root in roots])
+    except DataError as error:
+        raise _placed(error, file.document) from None
     largest = _largest_vocabulary(file, data.tokenizer.vocab_size)
     if largest > data.tokenizer.vocab_size:
         open_tokenizer(data.tokenizer.model_copy(update={"vocab_size": largest}), corpus.documents, cache)
     return corpus
+
+
+def _placed(error: DataError, document: Document) -> EvolmError:
+    """The error with the line of the source that it names."""
+    found = re.match(r"data\.sources\.([^:]+): ", str(error))
+    if found is None:
+        return error
+    problem = Problem(path=("data", "sources", found[1]), rule=str(error)[found.end() :])
+    return SpaceError(document.locate([problem]))
 
 
 def _largest_vocabulary(file: SpaceFile, given: int) -> int:
@@ -183,7 +216,7 @@ def _work(
     view = show(search, settings.trials)
     say(f"starting workers ({executor})")
     workers = _executor(executor, settings, address, view)
-    ledger.open_session(_session(executor))
+    ledger.open_session({**_session(executor), "settings": settings.as_dict()})
     try:
         controller = Controller(
             folder,
@@ -206,15 +239,17 @@ def _work(
             ", ".join(f"{count} {name}" for name, count in ended.status()["failures"].items()) or "none was started"
         )
         raise NothingFeasible(
-            f"run '{folder.name}' ended without a completed trial: {reasons}; `evolm show` tells more"
+            f"run '{folder.name}' ended without a completed trial: {reasons}; `evolm status {folder.path}` shows it"
         )
-    return Ended(run=ended, why=why, signal=received[-1] if received else None)
+    return Ended(run=ended, why=why, signal=received[-1] if received else None, abandoned=controller.abandoning)
 
 
 def _executor(name: str, settings: Settings, address: str | None, view: Any) -> Executor:
     if name == "inline":
         from evolm.executors.inline import InlineExecutor
+        from trainer.device import usable_device
 
+        usable_device("cuda" if settings.gpus > 0 else "cpu")
         return InlineExecutor(run_recipe, lambda progress: bool(view.tick([progress])) or True)
     from evolm.executors.ray_actors import RayExecutor
 

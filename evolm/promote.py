@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evolm.errors import DataError, EvolmError, GateError
+from evolm.errors import DataError, EvolmError, GateError, Interrupted, UsageError
 from evolm.run import Run
 from evolm.run_folder import RunFolder
+from evolm.signals import ENDING, on_signals
 from evolm.training import export_stage
 from fitness.trial import Trial
 from search_spaces.genome import Values
 from search_spaces.quantities import format_count
 from trainer.data.corpus import Corpus
+from trainer.metrics_log import read_metrics
 from trainer.recipe import Recipe
 
 LONGER = 4
@@ -68,8 +70,8 @@ def promote(
     an export, when the baseline is no worse (`force` exports all the same); DataError when the corpus is no longer the
     run's.
     """
-    length = tokens or LONGER * run.settings.fidelity.rungs[-1]
     folder = run.folder.promoted(trial.id)
+    length = _length(run, folder, tokens)
     recipes = {"pretrain": trial.genome}
     if trial.frozen != run.file.space.baseline:
         recipes["baseline"] = run.file.space.baseline.values()
@@ -86,11 +88,29 @@ def promote(
         _write(promotion, run, length)
     if not promotion.better and not force:
         assert baseline is not None
-        raise GateError(
+        refused = GateError(
             f"trial {trial.id} is not better than the baseline on the test split: {_judged(promotion.winner):.4f} "
             f"against {_judged(baseline):.4f} bits per byte; nothing was exported (--force exports it all the same)"
         )
+        refused.result = promotion
+        raise refused
     return promotion
+
+
+def _length(run: Run, folder: Path, tokens: int | None) -> int:
+    """How many tokens to train on: those asked for, or those of the promotion that was begun here. Raises UsageError
+    when the two differ."""
+    from trainer.stages.pretrain import Stage
+
+    begun = Stage(folder / "pretrain").begun()
+    if begun is None:
+        return tokens or LONGER * run.settings.fidelity.rungs[-1]
+    if tokens not in (None, begun["tokens"]):
+        raise UsageError(
+            f"{folder}: holds a promotion on {begun['tokens']:,} tokens, not {tokens:,}; leave --tokens out to go on "
+            "with it, or move the folder away to begin another"
+        )
+    return int(begun["tokens"])
 
 
 def _same_corpus(run: Run, trial: Trial, cache: Path) -> Corpus:
@@ -139,29 +159,39 @@ def _launch(run: Run, stage: Path, tokens: int, device: str, threads: int, cache
 
 
 def _wait(processes: dict[str, subprocess.Popen[bytes]], folder: Path, say: Say) -> None:
-    """Wait for all; tell now and then how far they are. Raises the error of one that failed, after stopping the
-    others."""
-    told = 0.0
-    try:
-        while any(process.poll() is None for process in processes.values()):
-            time.sleep(0.2)
-            if time.monotonic() - told > 15:
-                told = time.monotonic()
-                say("  ".join(f"{LABELS[name]} {_progress(folder / name)}" for name in processes))
-            _refuse_failed(processes, folder)
-    finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.terminate()  # it saves, so that the next promotion goes on from there
+    """Wait for all. Raises the error of one that failed, and Interrupted after a signal, once the others have saved and
+    ended."""
+    received: list[int] = []
+    with on_signals(received.append):
+        try:
+            _watch(processes, folder, say, received)
+        finally:
+            for process in processes.values():
+                if process.poll() is None:
+                    process.terminate()  # it saves, so that the next promotion goes on from there
+            for process in processes.values():
                 process.wait()
     _refuse_failed(processes, folder)
+
+
+def _watch(processes: dict[str, subprocess.Popen[bytes]], folder: Path, say: Say, received: list[int]) -> None:
+    """Tell now and then how far they are, until all have ended."""
+    told = 0.0
+    while any(process.poll() is None for process in processes.values()):
+        time.sleep(0.2)
+        if received:
+            raise Interrupted(received[0])
+        if time.monotonic() - told > 15:
+            told = time.monotonic()
+            say("  ".join(f"{LABELS[name]} {_progress(folder / name)}" for name in processes))
+        _refuse_failed(processes, folder)
 
 
 def _refuse_failed(processes: dict[str, subprocess.Popen[bytes]], folder: Path) -> None:
     for name, process in processes.items():
         code = process.poll()
-        if code in (128 + 2, 128 + 15, -2, -15):
-            raise KeyboardInterrupt
+        if code and (-code if code < 0 else code - 128) in ENDING:
+            raise Interrupted(-code if code < 0 else code - 128)
         if code:
             lines = (folder / name / "log.txt").read_text(errors="replace").strip().splitlines()
             last = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
@@ -173,11 +203,10 @@ def _refuse_failed(processes: dict[str, subprocess.Popen[bytes]], folder: Path) 
 
 
 def _progress(stage: Path) -> str:
-    try:
-        line = (stage / "metrics.jsonl").read_text().splitlines()[-1]
-        values = json.loads(line)
-    except (OSError, IndexError, ValueError):
+    lines = list(read_metrics(stage / "metrics.jsonl"))
+    if not lines:
         return "is starting"
+    values = lines[-1]
     return f"{100 * values['tokens'] / values['total_tokens']:.0f}% loss {values['loss']:.3f}"
 
 

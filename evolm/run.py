@@ -17,6 +17,7 @@ from fitness.objectives import Objective, minimised, read_objectives
 from fitness.pareto import Normaliser, knee
 from fitness.trial import Trial
 from trainer import cost
+from trainer.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     import pandas
@@ -38,11 +39,18 @@ def load(path: str | Path) -> Run:
         folder=folder,
         ledger=ledger,
         file=load_space(folder.space),
-        settings=Settings.from_dict(ledger.meta["settings"]),
+        settings=current_settings(ledger),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+def current_settings(ledger: Ledger) -> Settings:
+    """The settings that the last controller worked with: a budget may have been raised since the run began."""
+    sessions = ledger.sessions()
+    last = sessions[-1].get("settings") if sessions else None
+    return Settings.from_dict(last or ledger.meta["settings"])
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Run:
     """A run as it was when it was opened; it may have gone on since."""
 
@@ -50,6 +58,9 @@ class Run:
     ledger: Ledger
     file: SpaceFile
     settings: Settings
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder.path)!r}, {len(self.ledger.trials)} trials, front of {len(self.front())})"
 
     @property
     def name(self) -> str:
@@ -75,14 +86,26 @@ class Run:
         if which in ("best", "knee"):
             if not front:
                 raise UsageError(f"run '{self.name}' has no result yet, so no {which} trial")
-            points = minimised([trial.metrics for trial in front], self.objectives)
-            index = knee(points) if which == "knee" and len(self.objectives) > 1 else 0
-            return front[index if index is not None else len(front) // 2]
-        if not which.isdigit() or int(which) not in self.ledger.trials:
+            found = self.knee if which == "knee" else front[0]
+            if found is None:
+                raise UsageError(
+                    f"the front of run '{self.name}' has no knee: no trial lies below the line of its ends"
+                )
+            return found
+        if not (which.isdecimal() and which.isascii()) or int(which) not in self.ledger.trials:
             raise UsageError(
                 f"run '{self.name}' has no trial '{which}'; there are 1 to {len(self.ledger.trials)}, `best` and `knee`"
             )
         return self.ledger.trials[int(which)]
+
+    @property
+    def knee(self) -> Trial | None:
+        """The trial of the front that gives most for what it gives up; None where the front does not bend."""
+        if len(self.objectives) < 2:
+            return None
+        front = self.front()
+        index = knee(minimised([trial.metrics for trial in front], self.objectives))
+        return None if index is None else front[index]
 
     @property
     def baseline(self) -> Trial | None:
@@ -144,7 +167,7 @@ class Run:
             genes=[gene.path for gene in self.file.space.genes],
             trials=self.trials(),
             front=self.front(),
-            knee=self.trial("knee").id if self.front() else None,
+            knee=self.knee.id if self.knee else None,
             baseline=baseline.id if baseline else None,
             hypervolumes=self.hypervolumes(),
             rungs=list(self.settings.fidelity.rungs),
@@ -160,16 +183,8 @@ class Run:
 
     def curves(self) -> dict[int, list[dict[str, Any]]]:
         """The lines of every trial's metrics.jsonl."""
-        import json
-
-        found: dict[int, list[dict[str, Any]]] = {}
-        for trial in self.trials():
-            file = self.folder.trial(trial.id) / "metrics.jsonl"
-            if file.is_file():
-                lines = file.read_text(errors="replace").splitlines()
-                # A line that was cut off by a kill is left out; the one before it is whole.
-                found[trial.id] = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return found
+        logs = {trial.id: list(read_metrics(self.folder.trial(trial.id) / "metrics.jsonl")) for trial in self.trials()}
+        return {number: lines for number, lines in logs.items() if lines}
 
     def trials_frame(self) -> pandas.DataFrame:
         """A row for each trial: state, objectives and metrics, genes."""

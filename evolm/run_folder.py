@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from evolm.errors import RunBusy, StorageError, UsageError
 from search_spaces.errors import nearest
 from trainer.recipe import NAME
 
 RUNS = Path("runs")
+
+LOCK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,12 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from None
         with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _locked(stream):
                 owner = self.owner() or {}
                 raise RunBusy(
                     f"run '{self.name}' is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')} "
                     f"since {owner.get('since', '?')}; `evolm status {self.path}` shows it"
-                ) from None
+                )
             stream.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
@@ -106,6 +106,20 @@ class RunFolder:
         except OSError:
             return True
         return False
+
+
+def _locked(stream: TextIO) -> bool:
+    """Take the lock; somebody who merely looks holds it for an instant, so a refusal is believed after a while."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.005)
+        else:
+            return True
 
 
 def rung_checkpoint(trial: str | Path, rung: int) -> Path:
@@ -143,6 +157,6 @@ def existing(run: str) -> RunFolder:
 
 def _place(run: str) -> RunFolder:
     path = Path(run).resolve() if os.sep in run else RUNS / run
-    if not NAME.fullmatch(path.name):
-        raise UsageError(f"run name '{path.name}' must match {NAME.pattern}")
+    if not run or not NAME.fullmatch(path.name):
+        raise UsageError(f"run name '{path.name if run else ''}' must match {NAME.pattern}")
     return RunFolder(path)

@@ -23,7 +23,7 @@ def _whole(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Weight = Annotated[float, Field(ge=0)]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolm.config import load_recipe
 from evolm.errors import UsageError
+from evolm.run_folder import RunFolder
 from evolm.signals import on_signals
 from fitness.loss import loss_metrics, score_domains
 from search_spaces.quantities import format_count
@@ -19,7 +20,7 @@ from trainer.data.corpus import Corpus
 from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
-    from trainer.loop import Progress
+    from trainer.loop import Progress, Record
 
 TEST_BYTES = 2**20
 """Test text that a finished model is judged on, per domain."""
@@ -52,45 +53,50 @@ def train_recipe(
 
     Goes on where the folder stopped. Raises UsageError, SpaceError, DataError, and what training raises.
     """
+    import torch
+
+    from trainer.device import usable_device
+    from trainer.stages.pretrain import Stage, pretrain
+
     name, recipe = load_recipe(path)
     length = tokens or recipe.train.tokens
     if length is None:
         raise UsageError(f"{path}: needs `train.tokens`, or give --tokens")
-    places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]
-    corpus = Corpus.open(recipe.data, cache or default_cache(), places)
-
-    import torch
-
-    from trainer.stages.pretrain import Stage, pretrain
-
+    usable_device(device)
     if threads:
         torch.set_num_threads(threads)
+    places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]
     chosen = recipe.train.seed if seed is None else seed
     show = _Line(name)
-    with on_signals(show.hear):
-        record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
-    if record is not None and not record.finished:
-        return Trained(folder=folder, record=None, signal=show.received)
-    stage = Stage(folder)
-    if stage.record() is None:
-        assert record is not None
-        values = {
-            "name": name,
-            "tokens": record.tokens,
-            "seed": chosen,
-            "flops": record.flops,
-            "seconds": record.seconds,
-            "train_loss": record.train_loss,
-            "params": costs(recipe).params,
-            "corpus": corpus.manifest(),
-            "validation": _scores(record.model, recipe, corpus, "validation", target),
-        }
-        if test:
-            values["test"] = _scores(record.model, recipe, corpus, "test", target)
-        if export:
-            values["export"] = export_stage(stage, recipe, corpus, folder / "export" / "hf", values)
-        stage.finish(values)
+    with RunFolder(folder).locked():
+        corpus = Corpus.open(recipe.data, cache or default_cache(), places)
+        with on_signals(show.hear):
+            record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
+        if record is not None and not record.finished:
+            return Trained(folder=folder, record=None, signal=show.received)
+        stage = Stage(folder)
+        if record is not None and stage.record() is None:
+            about = {"name": name, "tokens": record.tokens, "seed": chosen}
+            values = about | _judged(record, recipe, corpus, target, test)
+            if export:
+                values["export"] = export_stage(stage, recipe, corpus, folder / "export" / "hf", values)
+            stage.finish(values)
     return Trained(folder=folder, record=stage.record())
+
+
+def _judged(
+    record: Record, recipe: Recipe, corpus: Corpus, target: dict[str, float] | None, test: bool
+) -> dict[str, Any]:
+    """What a finished training cost and what its model scores."""
+    scores = {split: _scores(record.model, recipe, corpus, split, target) for split in ("validation", *["test"] * test)}
+    return {
+        "flops": record.total_flops,
+        "seconds": record.total_seconds,
+        "train_loss": record.train_loss,
+        "params": costs(recipe).params,
+        "corpus": corpus.manifest(),
+        **scores,
+    }
 
 
 def export_stage(stage: Any, recipe: Recipe, corpus: Corpus, folder: Path, about: dict[str, Any]) -> dict[str, Any]:

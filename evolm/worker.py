@@ -9,11 +9,11 @@ import errno
 import json
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from evolm.errors import CheckpointError, DataError, EvolmError, Refused, StorageError
 from evolm.executors.base import Job, Outcome, Tell, TrialProgress
@@ -22,6 +22,7 @@ from fitness.loss import loss_metrics, score_domains
 from fitness.trial import Reason
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
+from trainer.metrics_log import MetricsLog
 from trainer.recipe import Data, Recipe
 
 if TYPE_CHECKING:  # torch is imported when a trial runs: the process that only decides does without
@@ -55,20 +56,23 @@ class Context:
 def run_recipe(job: Job, tell: Tell) -> Outcome:
     """Train and score a job's genome up to its rung. Never raises."""
     started = time.perf_counter()
-    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    spent = _Spent()
     try:
-        return _train_and_score(job, tell, Context(**job.context))
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+        return _train_and_score(job, tell, Context(**job.context), spent)
     except Exception as error:  # the one broad except of evolm: no trial's failure may end the search
         outcome = _failed(job, error)
-    seconds = time.perf_counter() - started
-    return Outcome(**{**_fields(outcome), "seconds": seconds})
+    return replace(outcome, flops=spent.flops, seconds=time.perf_counter() - started)
 
 
-def _fields(outcome: Outcome) -> dict[str, Any]:
-    return {name: getattr(outcome, name) for name in outcome.__dataclass_fields__}
+@dataclass
+class _Spent:
+    """FLOPs of a launch so far, for the case that it comes to nothing: up to its last whole step."""
+
+    flops: float = 0.0
 
 
-def _train_and_score(job: Job, tell: Tell, context: Context) -> Outcome:
+def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> Outcome:
     import torch
 
     from trainer.evaluate import TokenScorer
@@ -77,8 +81,8 @@ def _train_and_score(job: Job, tell: Tell, context: Context) -> Outcome:
     recipe = Recipe.model_validate(job.genome)
     corpus = _corpus(recipe.model_dump_json(include={"data"}), context.cache, tuple(context.roots))
     _refuse_changed(corpus, context)
-    with (Path(job.folder) / "metrics.jsonl").open("a") as log:
-        record, note = _train(job, tell, context, recipe, corpus, log)
+    with MetricsLog(Path(job.folder) / "metrics.jsonl") as log:
+        record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, log, spent))
         if not record.finished:
             return Outcome(
                 trial=job.trial,
@@ -95,11 +99,11 @@ def _train_and_score(job: Job, tell: Tell, context: Context) -> Outcome:
         metrics |= {
             "train_loss": record.train_loss,
             "tokens_per_second": record.flops / costs(recipe).flops_per_token / max(record.seconds, 1e-9),
-            "seconds": record.seconds,
+            "seconds": record.total_seconds,
             **{f"tokens/{name}": float(count) for name, count in record.tokens_by_source.items()},
             **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
         }
-        _write(log, {"rung": job.rung, "tokens": record.tokens, **metrics})
+        log.write({"rung": job.rung, "tokens": record.tokens, **metrics})
     return Outcome(
         trial=job.trial,
         rung=job.rung,
@@ -111,7 +115,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context) -> Outcome:
     )
 
 
-def _train(job: Job, tell: Tell, context: Context, recipe: Recipe, corpus: Corpus, log: TextIO) -> tuple[Record, str]:
+def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter: _Reporter) -> tuple[Record, str]:
     """Train from the newest checkpoint that can be used; says which ones could not."""
     from trainer.loop import Checkpoints, train
 
@@ -120,7 +124,6 @@ def _train(job: Job, tell: Tell, context: Context, recipe: Recipe, corpus: Corpu
         trunk=None if job.top else rung_checkpoint(job.folder, job.rung),
         seconds=context.checkpoint_seconds,
     )
-    reporter = _Reporter(job, tell, log)
     notes: list[str] = []
     for start in (latest_checkpoint(job.folder), rung_checkpoint(job.folder, job.rung - 1), None):
         if start is not None and not start.exists():
@@ -147,13 +150,14 @@ def _train(job: Job, tell: Tell, context: Context, recipe: Recipe, corpus: Corpu
 class _Reporter:
     """Passes the progress of training on: to the executor every step, to metrics.jsonl now and then."""
 
-    def __init__(self, job: Job, tell: Tell, log: TextIO) -> None:
-        self.job, self.tell, self.log = job, tell, log
+    def __init__(self, job: Job, tell: Tell, log: MetricsLog, spent: _Spent) -> None:
+        self.job, self.tell, self.log, self.spent = job, tell, log, spent
         self.next_line = 0.0
 
     def __call__(self, progress: Progress) -> bool:
+        self.spent.flops = progress.flops
         if progress.tokens >= self.next_line:
-            _write(self.log, asdict(progress))
+            self.log.write(asdict(progress))
             self.next_line = progress.tokens + METRICS_EVERY * progress.total_tokens
         return self.tell(
             TrialProgress(
@@ -164,11 +168,6 @@ class _Reporter:
                 tokens_per_second=progress.tokens_per_second,
             )
         )
-
-
-def _write(log: TextIO, values: Mapping[str, Any]) -> None:
-    log.write(json.dumps(values) + "\n")
-    log.flush()
 
 
 @lru_cache(maxsize=64)
@@ -208,8 +207,8 @@ def _failed(job: Job, error: Exception) -> Outcome:
     elif _out_of_memory(error):
         reason = "oom"
     else:
-        log = "".join(traceback.format_exception(error))
-        (Path(job.folder) / "error.log").write_text(log)
+        with suppress(OSError):  # the folder itself may be what is wrong; the message is in the ledger
+            (Path(job.folder) / "error.log").write_text("".join(traceback.format_exception(error)))
     return Outcome(trial=job.trial, rung=job.rung, kind="fail", reason=reason, message=words)
 
 

@@ -284,6 +284,7 @@ def _resulted(trial: Trial, seq: int, rung: int | None, body: dict[str, Any]) ->
     return replace(
         trial,
         state="complete" if body["top"] else "paused",
+        lost=0,
         rungs=(*trial.rungs, told),
         flops=trial.flops + told.flops,
         seconds=trial.seconds + told.seconds,
@@ -299,6 +300,7 @@ def _failed(trial: Trial, seq: int, rung: int | None, body: dict[str, Any]) -> T
     return replace(
         trial,
         state="failed" if body["final"] else again,
+        lost=trial.lost + (body["reason"] == "lost"),
         reason=body["reason"] if body["final"] else None,
         message=body["message"],
         flops=trial.flops + body["flops"],

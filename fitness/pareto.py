@@ -3,7 +3,6 @@ too."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import moocore
@@ -50,30 +49,34 @@ def contributions(points: Points, reference: Sequence[float]) -> NDArray[np.floa
     return np.asarray(moocore.hv_contributions(points, ref=ref, ignore_dominated=False), dtype=np.float64)
 
 
-def reference_of(points: Points) -> list[float]:
-    """A reference point a tenth of the range beyond the worst of the points: for ranking within one set only."""
-    worst, best = points.max(axis=0), points.min(axis=0)
-    margin = np.where(worst > best, 0.1 * (worst - best), 0.1 * np.maximum(1.0, np.abs(worst)))
-    return [float(value) for value in worst + margin]
+def as_ranks(points: Points) -> Points:
+    """Each objective as its rank among the points, from 0 (best) to 1, equal values alike: neither units nor outliers
+    have a say."""
+    ranked = np.empty(points.shape)
+    for column in range(points.shape[1]):
+        _, place = np.unique(points[:, column], return_inverse=True)
+        ranked[:, column] = place / max(1, place.max(initial=0))
+    return ranked
 
 
-def preference(points: Points, count: int | None = None) -> list[int]:
-    """The best points (all, or `count`), best first: by front number, and within a front by added hypervolume.
+def adds_most(taken: Points, waiting: Points) -> int:
+    """Which of the waiting points adds most hypervolume to those that are taken, up to 1.1 in each objective.
 
-    The extremes of a front come first within it: their contribution depends on a reference point that nobody chose.
+    A step of greedy hypervolume subset selection (Guerreiro et al. 2016, doi 10.1162/EVCO_a_00188). Where none adds
+    anything, the one that dominates most by itself.
     """
-    wanted = len(points) if count is None else min(count, len(points))
-    front = ranks(points)
-    order: list[int] = []
-    for rank in range(int(front.max(initial=-1)) + 1):
-        if len(order) >= wanted:
-            break
-        members = np.flatnonzero(front == rank)
-        scaled = _scaled(points[members])
-        added = contributions(scaled, [1.1] * points.shape[1])
-        added[np.unique(scaled.argmin(axis=0))] = math.inf
-        order += [int(members[i]) for i in np.argsort(-added, kind="stable")]
-    return order[:wanted]
+    reference = [1.1] * waiting.shape[1]
+    before = hypervolume(taken, reference)
+    members = np.flatnonzero(nondominated(waiting))  # a point adds no more than one that dominates it
+    gains = [
+        (
+            hypervolume(np.vstack([taken, waiting[i : i + 1]]), reference) - before,
+            hypervolume(waiting[i : i + 1], reference),
+        )
+        for i in members
+    ]
+    best = max(range(len(members)), key=lambda i: (round(gains[i][0], 12), gains[i][1], -i))
+    return int(members[best])
 
 
 def knee(points: Points) -> int | None:

@@ -29,11 +29,12 @@ class Rung:
     seq: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Trial:
     """One genome's way through the search.
 
-    `seen` is the number of the last event that its proposal knew; `attempts` counts launches. `flops` and `seconds` are
+    `seen` is the number of the last event that its proposal knew; `attempts` counts launches, `lost` those since the
+    last result whose worker died. `flops` and `seconds` are
     those of all launches, failed ones included.
     """
 
@@ -47,10 +48,15 @@ class Trial:
     message: str = ""
     rungs: tuple[Rung, ...] = ()
     attempts: int = 0
+    lost: int = 0
     flops: float = 0.0
     seconds: float = 0.0
     worker: Mapping[str, Any] | None = None
     ended: int | None = None  # number of the event that ended it
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(f"{name}={value:.6g}" for name, value in list(self.metrics.items())[:4])
+        return f"Trial({self.id}, {self.state}{f', {metrics}' if metrics else ''})"
 
     @property
     def genome(self) -> Values:

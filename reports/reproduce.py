@@ -23,11 +23,14 @@ def commands(data: RunData) -> list[tuple[str, str]]:
         for name in ("algorithm", "seed", "trials")
         if data.settings.get(name) is not None
     ]
-    found = [("Go on with this search", f"evolm resume {path}")]
+    trials = data.settings.get("trials")
+    more = f" --trials {2 * trials}" if data.state == "finished" and isinstance(trials, int) else ""
+    found = [("Go on with this search", f"evolm resume {path}{more}")]
     if data.front:
         found.append(("Train the best trial for real", promote(data, "best")))
     space = shlex.quote(f"{data.path}/space.yaml")
-    found.append(("Search the same space again, from the start", f"evolm search {space}{''.join(options)}"))
+    again = "Search the same space again; trials that run side by side are told in another order each time"
+    found.append((again, f"evolm search {space}{''.join(options)}"))
     return found
 
 

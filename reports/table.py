@@ -11,7 +11,7 @@ from search_spaces.errors import Path
 from search_spaces.genome import get
 from search_spaces.quantities import format_count
 
-WIDEST = 28
+WIDEST = 44
 """Characters of a cell; what is longer is cut."""
 
 

@@ -148,6 +148,9 @@ def _read_number(spec: Mapping[str, Any], path: Path, problems: Problems) -> Num
         return None
     if kind == "float":
         low, high = float(low), float(high)
+        if not math.isfinite(high - low):
+            problems.add((*path, kind), "the bounds are farther apart than numbers go", value=bounds)
+            return None
     log = _flag(spec, "log", path, problems)
     if log and low <= 0:
         problems.add((*path, kind, 0), f"low > 0 must hold on a logarithmic scale, got {low:g}", value=low)

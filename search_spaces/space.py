@@ -319,10 +319,13 @@ class Space:
     def _try_baseline(self, problems: Problems) -> None:
         """Note conditions, derived values and constraints that have no value for the baseline."""
         try:
-            lookup = lookup_in(self.baseline.values(), self.exact)
+            values = self.baseline.values()
         except ExpressionError as error:
             problems.add(self._place_of(error.text), f"`{error.text}` has no value for the baseline: {error.message}")
             return
+        if self.rule is not None and self.rule(values):
+            return  # it has no costs; whoever gave the rule tells what is wrong, with its place
+        lookup = lookup_in(values, self.exact)
         for i, constraint in enumerate(self.constraints):
             try:
                 constraint.expression.test(lookup)

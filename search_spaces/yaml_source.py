@@ -93,7 +93,7 @@ def read_yaml(path: FilePath) -> Document:
     """
     try:
         if not path.is_file():
-            raise UsageError(f"{path}: no such file")
+            raise UsageError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:

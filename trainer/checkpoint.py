@@ -6,9 +6,11 @@ state of the run and the SHA-256 of the other two. It is written under a tempora
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -53,7 +55,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     try:
         tensors = dict(zip(TENSORS, (_weights(model), _moments(model, optimizer)), strict=True))
         for name, content in tensors.items():
-            save_file(content, temporary / name)
+            _save(content, temporary / name)
         manifest: dict[str, Any] = {
             "state": state.model_dump(),
             "files": {name: _sha256(temporary / name) for name in tensors},
@@ -129,6 +131,16 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors; what the system says of the disk is an OSError, which safetensors keeps in its words alone."""
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(file)) from error
 
 
 def _sha256(file: Path) -> str:

@@ -43,10 +43,12 @@ MARGIN = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run is: tokens so far and in all, and what the last step looked like. Losses are nats per token."""
+    """Where a run is: tokens so far and in all, FLOPs of this call, and what the last step looked like. Losses are nats
+    per token."""
 
     tokens: int
     total_tokens: int
+    flops: float
     loss: float
     learning_rate: float
     gradient_norm: float
@@ -59,7 +61,7 @@ Report = Callable[[Progress], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a run did. `flops` and `seconds` are of this call alone; the rest counts from the first token."""
+    """What a run did. `flops` and `seconds` are of this call alone; all else counts from the first token."""
 
     model: EvolmForCausalLM
     finished: bool
@@ -67,6 +69,8 @@ class Record:
     train_loss: float
     flops: float
     seconds: float
+    total_flops: float
+    total_seconds: float
     tokens_by_source: dict[str, int]
     epochs_by_source: dict[str, float]
 
@@ -236,6 +240,7 @@ class _Run:
         return Progress(
             tokens=self.samples * self.horizon.sequence_length,
             total_tokens=self.horizon.tokens,
+            flops=self.flops,
             loss=self.seen[0],
             learning_rate=rate,
             gradient_norm=self.seen[1],
@@ -285,6 +290,8 @@ class _Run:
             train_loss=sum(self.losses) / len(self.losses) if self.losses else math.nan,
             flops=self.flops,
             seconds=self.seconds,
+            total_flops=self.flops_before + self.flops,
+            total_seconds=self.seconds_before + self.seconds,
             tokens_by_source=self.loader.drawn(self.samples),
             epochs_by_source=self.loader.epochs(self.samples),
         )

@@ -32,7 +32,9 @@ class Section(BaseModel):
 class Source(Section):
     """Where the documents of one domain come from."""
 
-    path: str | list[str] = Field(description="a file, folder or glob, or several; python:stdlib, python:docs")
+    path: str | list[str] = Field(
+        description="a file, folder or glob, or several: text, .jsonl, .parquet, .gz, .zst; python:stdlib, python:docs"
+    )
     document: Literal["auto", "file", "line", "passage"] = Field(
         "auto", description="what a document is in plain text: a file, a line, or a passage between blank lines"
     )

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from fitness.objectives import Objective, minimised
-from fitness.pareto import preference
+from fitness.pareto import adds_most, as_ranks
 from fitness.trial import Trial
 from search_spaces.errors import UsageError
 
@@ -63,18 +63,17 @@ def next_promotion(
 ) -> Trial | None:
     """The trial to train on, or None: asynchronous successive halving that promotes (Li et al. 2020, arXiv 1810.05934).
 
-    At each rung, highest first, the best 1/eta of all trials that reached it may go on; better means a lower front and,
-    within a front, more added hypervolume. `always` is a trial that goes on whatever its rank: the baseline.
+    Highest rung first, a trial goes on when fewer than 1/eta of those that reached the rung have gone on: the one that
+    adds most hypervolume to them, with objectives as ranks among all that reached it. `always` is a trial that goes on
+    whatever its rank and counts for nobody: the baseline.
     """
     for rung in range(fidelity.top - 1, -1, -1):
         reached = [trial for trial in trials if trial.rung >= rung and trial.state not in ("failed", "infeasible")]
-        waiting = {trial.id for trial in reached if trial.rung == rung and trial.state == "paused"}
-        if not waiting:
-            continue
-        if always in waiting:
-            return next(trial for trial in reached if trial.id == always)
-        points = minimised([trial.rungs[rung].metrics for trial in reached], objectives)
-        for index in preference(points, len(reached) // fidelity.eta):
-            if reached[index].id in waiting:
-                return reached[index]
+        waiting = [i for i, trial in enumerate(reached) if trial.rung == rung and trial.state == "paused"]
+        if any(reached[i].id == always for i in waiting):
+            return next(reached[i] for i in waiting if reached[i].id == always)
+        gone = [i for i, trial in enumerate(reached) if i not in set(waiting) and trial.id != always]
+        if waiting and len(gone) < len(reached) // fidelity.eta:
+            points = as_ranks(minimised([trial.rungs[rung].metrics for trial in reached], objectives))
+            return reached[waiting[adds_most(points[gone], points[waiting])]]
     return None

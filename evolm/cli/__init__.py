@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -36,6 +37,9 @@ def _options(
     pass
 
 
+NAMED_WRONG = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Failures of a path that was named wrongly; all others are the storage's."""
+
 spaces.register(app)
 searching.register(app)
 looking.register(app)
@@ -66,9 +70,15 @@ def main() -> None:
         else:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that the interpreter's last flush has somewhere to go
         sys.exit(1)
+    except OSError as error:  # a file or disk that the command was pointed at
+        if "EVOLM_DEBUG" in os.environ:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2 if error.errno in NAMED_WRONG else 5)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evolm.cli.searching import Cache, Run
+from evolm.cli.searching import Cache, Run, seed_option
+
+if TYPE_CHECKING:
+    from evolm.promote import Promotion
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -19,13 +23,33 @@ def _tokens(text: str | None) -> int | None:
 
     if text is None:
         return None
-    value = int(text) if text.isdigit() else parse_quantity(text)
+    value = int(text) if text.isdecimal() and text.isascii() else parse_quantity(text)
     if not isinstance(value, int) or value < 1:
         raise typer.BadParameter(f"must be a number of tokens such as 2M, is '{text}'")
     return value
 
 
 Tokens = Annotated[str | None, typer.Option(help="Training tokens, such as 2M.", metavar="N")]
+PromotedTokens = Annotated[
+    str | None, typer.Option(help="Training tokens, such as 2M; 4 times the last rung when absent.", metavar="N")
+]
+
+
+def _weights(text: str | None, domains: Iterable[str]) -> dict[str, float] | None:
+    """Weights of domains, given as JSON."""
+    if text is None:
+        return None
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"must be JSON such as '{{\"web\": 1}}': {error}") from None
+    known = set(domains)
+    if not isinstance(given, dict) or not given or not set(given) <= known:
+        raise typer.BadParameter(f"must give weights to some of {', '.join(sorted(known))}, is {text}")
+    numbers = [weight for weight in given.values() if isinstance(weight, int | float) and weight >= 0]
+    if len(numbers) < len(given) or not 0 < sum(numbers) < float("inf"):
+        raise typer.BadParameter(f"weights must be numbers of at least 0, and one must be positive, is {text}")
+    return given
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +61,7 @@ def register(app: typer.Typer) -> None:
 def promote(
     run: Run,
     trial: Annotated[str, typer.Argument(help="A trial's number, best or knee.", metavar="TRIAL")],
-    tokens: Tokens = None,
+    tokens: PromotedTokens = None,
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", help="Export even when the baseline is no worse.")] = False,
 ) -> None:
@@ -49,30 +73,51 @@ def promote(
 
       evolm promote runs/demo-1 17
     """
+    from evolm.errors import GateError
     from evolm.promote import promote as promote_trial
     from evolm.run import load
-    from reports.table import short, text_table
 
     length = _tokens(tokens)
     loaded = load(run)
     found = loaded.trial(trial)
-    done = promote_trial(
-        loaded, found, tokens=length, cache=cache, force=force, say=lambda text: typer.echo(text, err=True)
-    )
-    records = {"winner": done.winner, **({"baseline": done.baseline} if done.baseline else {})}
-    rows = [[name, *(short(record["test"][name]) for record in records.values())] for name in done.winner["test"]]
-    rows.append(["params", *(short(record["params"]) for record in records.values())])
-    typer.echo(text_table(["test split", *records], rows))
+    try:
+        done = promote_trial(
+            loaded, found, tokens=length, cache=cache, force=force, say=lambda text: typer.echo(text, err=True)
+        )
+    except GateError as refused:
+        _print_comparison(refused.result)
+        raise
+    _print_comparison(done)
     assert done.export is not None
-    typer.echo(f"exported as {done.export['class']}: {done.export['folder']}")
-    typer.echo(f"try it: evolm generate {done.export['folder']} --prompt 'def main('")
+    folder, stock = done.export["folder"], done.export["tier"] == "stock"
+    typer.echo(f"exported as {done.export['class']}: {folder}")
+    typer.echo(f"try it: evolm generate {folder} --prompt 'The '")
+    trust = "" if stock else ", trust_remote_code=True"
+    typer.echo(f"in Python: transformers.AutoModelForCausalLM.from_pretrained({folder!r}{trust})")
+
+
+def _print_comparison(done: Promotion) -> None:
+    """Winner beside baseline on the test split, with what lies between them."""
+    from reports.table import short, text_table
+
+    def row(name: str, winner: float, baseline: float | None) -> list[str]:
+        if baseline is None:
+            return [name, short(winner)]
+        return [name, short(winner), short(baseline), f"{(winner - baseline) / baseline:+.1%}"]
+
+    other = done.baseline
+    rows = [row(name, value, other["test"][name] if other else None) for name, value in done.winner["test"].items()]
+    rows.append(row("params", done.winner["params"], other["params"] if other else None))
+    typer.echo(text_table(["test split", "winner", *(["baseline", ""] if other else [])], rows))
+    if other and done.winner["corpus"]["tokenizer"] != other["corpus"]["tokenizer"]:
+        typer.echo("perplexity is per token, and the tokenizers differ: compare bits per byte")
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file: a space file without genes.", metavar="RECIPE")],
     tokens: Tokens = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the model; runs/NAME when absent.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights and data; the recipe's when absent.")] = None,
+    seed: Annotated[int | None, seed_option("Seed of weights and data; the recipe's when absent.")] = None,
     device: Device = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all when absent.")] = None,
     cache: Cache = None,
@@ -95,7 +140,8 @@ def train(
     from evolm.run_folder import RUNS
     from evolm.training import train_recipe
 
-    folder = out or RUNS / load_recipe(recipe)[0]
+    name, read = load_recipe(recipe)
+    folder = out or RUNS / name
     done = train_recipe(
         recipe,
         folder,
@@ -105,7 +151,7 @@ def train(
         threads=threads,
         cache=cache,
         roots=root,
-        target=json.loads(target) if target else None,
+        target=_weights(target, read.data.sources),
         test=test,
         export=export,
     )
@@ -126,7 +172,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest that sum to p.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    seed: Annotated[int | None, seed_option("Makes sampling repeatable.")] = None,
     device: Device = "cpu",
 ) -> None:
     """Continue a text with an exported model.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,11 @@ Address = Annotated[
 Cache = Annotated[Path | None, typer.Option(help="Folder for tokenised corpora. The user's cache folder when absent.")]
 
 
+def seed_option(help: str) -> Any:
+    """A seed that all generators take."""
+    return typer.Option(min=0, max=2**31 - 1, help=help)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command()(search)
@@ -30,7 +36,7 @@ def search(
     space: Annotated[Path, typer.Argument(help="Space file: a recipe in which values may be genes.", metavar="SPACE")],
     run: Annotated[str | None, typer.Option(help="Name or folder of the run; the space's name when absent.")] = None,
     algorithm: Annotated[str | None, typer.Option(help="auto, nsga2, random, or a plug-in's name.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of proposals, initial weights and data order.")] = None,
+    seed: Annotated[int | None, seed_option("Seed of proposals, initial weights and data order.")] = None,
     trials: Trials = None,
     hours: Hours = None,
     executor: Executor = "ray",
@@ -59,7 +65,7 @@ def search(
         trials=trials,
         hours=hours,
     )
-    _finish(ended)
+    _finish(ended, executor, address)
 
 
 def resume(
@@ -80,14 +86,16 @@ def resume(
     """
     from evolm import launch
 
-    _finish(launch.resume(run, executor=executor, address=address, cache=cache, say=_say, trials=trials, hours=hours))
+    ended = launch.resume(run, executor=executor, address=address, cache=cache, say=_say, trials=trials, hours=hours)
+    _finish(ended, executor, address)
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    with suppress(BrokenPipeError):  # a reader that has gone away does not end a search
+        typer.echo(text, err=True)
 
 
-def _finish(ended: Ended) -> None:
+def _finish(ended: Ended, executor: str, address: str | None) -> None:
     """Print the front, the report's path and what to do next."""
     import signal
 
@@ -104,7 +112,12 @@ def _finish(ended: Ended) -> None:
     write_report(run.data(), run.folder.report)
     typer.echo(f"report: {run.folder.report}")
     if ended.why == "interrupted":
-        typer.echo(f"interrupted, everything is saved; go on with: evolm resume {run.folder.path}")
+        where = f" --executor {executor}" * (executor != "ray") + f" --address {address}" * (address is not None)
+        kept = "everything told is saved, what was running begins again" if ended.abandoned else "everything is saved"
+        typer.echo(f"interrupted, {kept}; go on with: evolm resume {run.folder.path}{where}")
         raise typer.Exit(128 + (ended.signal or signal.SIGINT))
-    if front:
+    if front and run.baseline is not None and front[0].id == run.baseline.id:
+        more = 2 * run.settings.trials
+        typer.echo(f"no recipe beat the baseline yet; try more: evolm resume {run.folder.path} --trials {more}")
+    elif front:
         typer.echo(f"promote the best: evolm promote {run.folder.path} best")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from evolm.packages import foreign_packages
 CONNECT_SECONDS = 5.0
 """How long an address may take to answer at all."""
 
-RESTARTS = 3
-"""How often a slot's actor is replaced after its process died."""
+STARTS = 3
+"""How often in a row a slot's worker may fail to start before the slot is given up."""
+
+START_SECONDS = 120.0
+"""How long a worker may take to start: Python and torch from a cold disk."""
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,7 +38,8 @@ class _Worker:
             raise RuntimeError(f"{os.uname().nodename}: {foreign[0]}")
         self._runner = runner
         self._progress: TrialProgress | None = None
-        self._stop = threading.Event()
+        self._stopped: tuple[int, int] | None = None
+        self._running: tuple[int, int] | None = None
 
     def about(self) -> dict[str, Any]:
         """Who this is."""
@@ -44,24 +49,23 @@ class _Worker:
 
     def run(self, job: Job) -> Outcome:
         """Run one job to its end."""
-        self._progress = None
-        self._stop.clear()
+        self._progress, self._running = None, (job.trial, job.attempt)
         try:
             return self._runner(job, self._tell)
         finally:
-            self._progress = None
+            self._progress = self._running = None
 
     def _tell(self, progress: TrialProgress) -> bool:
         self._progress = progress
-        return not self._stop.is_set()
+        return self._stopped != self._running
 
     def progress(self) -> TrialProgress | None:
         """Where the running job is."""
         return self._progress
 
-    def stop(self) -> None:
-        """Ask the running job to save and end."""
-        self._stop.set()
+    def stop(self, trial: int, attempt: int) -> None:
+        """Ask a job to save and end, also one that is about to begin."""
+        self._stopped = (trial, attempt)
 
 
 class RayExecutor:
@@ -81,11 +85,18 @@ class RayExecutor:
 
         self._ray = ray
         self._actor_class = ray.remote(concurrency_groups={"control": 1})(_controlled(_Worker))
-        self._actors = [self._spawn() for _ in range(slots or self._places())]
-        self._restarts = [0] * len(self._actors)
-        abouts = self._get([actor.about.remote() for actor in self._actors])
-        self._abouts = [{"id": i, **about} for i, about in enumerate(abouts)]
         self._jobs: dict[Any, tuple[int, Job]] = {}
+        self._starting: dict[Any, tuple[int, float]] = {}  # the first answer of a worker: its slot, and until when
+        self._gone: set[int] = set()
+        places = self._places()
+        count = min(places, slots or places)
+        self._actors: list[Any] = [None] * count
+        self._failed_starts = [0] * count
+        self._abouts: list[dict[str, Any]] = [{"id": slot} for slot in range(count)]
+        for slot in range(count):
+            self._start(slot)
+        while self._starting:
+            self._started(self._ray.wait(list(self._starting), timeout=1.0)[0])
 
     def _places(self) -> int:
         """How many workers the cluster can hold at once."""
@@ -99,15 +110,37 @@ class RayExecutor:
             raise ExecutorError(f"no worker fits: a trial needs {wanted}, the cluster has {offered} in all")
         return places
 
-    def _spawn(self) -> Any:
-        return self._actor_class.options(num_cpus=self._cpus, num_gpus=self._gpus).remote(self._runner)
+    def _start(self, slot: int) -> None:
+        """Begin to start a slot's worker."""
+        actor = self._actor_class.options(num_cpus=self._cpus, num_gpus=self._gpus).remote(self._runner)
+        self._actors[slot] = actor
+        self._starting[actor.about.remote()] = (slot, time.monotonic() + START_SECONDS)
 
-    def _get(self, references: list[Any]) -> list[Any]:
-        try:
-            results: list[Any] = self._ray.get(references, timeout=120)
-        except self._ray.exceptions.RayError as error:
-            raise ExecutorError(f"workers did not start: {str(error).strip().splitlines()[-1]}") from None
-        return results
+    def _started(self, ready: list[Any]) -> None:
+        """Take note of workers that are there now; start those anew that failed to. Raises ExecutorError when no slot
+        is left that could have one."""
+        for reference in ready:
+            slot, _ = self._starting.pop(reference)
+            try:
+                self._abouts[slot] = {"id": slot, **self._ray.get(reference)}
+                self._failed_starts[slot] = 0
+            except self._ray.exceptions.RayError as error:
+                self._not_started(slot, _words(error, -1))
+        for reference, (slot, until) in list(self._starting.items()):
+            if time.monotonic() > until:
+                del self._starting[reference]
+                self._ray.kill(self._actors[slot])
+                self._failed_starts[slot] = STARTS
+                self._not_started(slot, f"no answer within {START_SECONDS:g} s; is there room for it?")
+
+    def _not_started(self, slot: int, words: str) -> None:
+        self._failed_starts[slot] += 1
+        if self._failed_starts[slot] < STARTS:
+            self._start(slot)
+            return
+        self._gone.add(slot)
+        if len(self._gone) == len(self._actors):
+            raise ExecutorError(f"no worker could be started: {words}")
 
     @property
     def workers(self) -> list[dict[str, Any]]:
@@ -115,8 +148,8 @@ class RayExecutor:
         return self._abouts
 
     def idle(self) -> list[int]:
-        """Slots without a job."""
-        busy = {slot for slot, _ in self._jobs.values()}
+        """Slots without a job, whose worker is there."""
+        busy = {slot for slot, _ in self._jobs.values()} | {slot for slot, _ in self._starting.values()} | self._gone
         return [slot for slot in range(len(self._actors)) if slot not in busy]
 
     def submit(self, slot: int, job: Job) -> None:
@@ -124,30 +157,28 @@ class RayExecutor:
         self._jobs[self._actors[slot].run.remote(job)] = (slot, job)
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """Outcomes of jobs that ended; a job whose worker died comes back as lost and the worker is replaced."""
-        if not self._jobs:
+        """Outcomes of jobs that ended; a job whose worker died comes back as lost and the worker is replaced.
+
+        Raises ExecutorError when no worker is left and none can be started.
+        """
+        awaited = [*self._jobs, *self._starting]
+        if not awaited:
             return []
-        ready, _ = self._ray.wait(list(self._jobs), num_returns=1, timeout=seconds)
+        ready, _ = self._ray.wait(awaited, num_returns=1, timeout=seconds)
         if ready:  # take along what else has come in
-            ready, _ = self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=0)
+            ready, _ = self._ray.wait(awaited, num_returns=len(awaited), timeout=0)
         outcomes = []
-        for reference in ready:
+        for reference in [one for one in ready if one in self._jobs]:
             slot, job = self._jobs.pop(reference)
             try:
                 outcomes.append(self._ray.get(reference))
             except self._ray.exceptions.RayError as error:
-                outcomes.append(self._lost(slot, job, error))
+                words = f"worker {slot} died: {_words(error)}"
+                outcomes.append(Outcome(trial=job.trial, rung=job.rung, kind="fail", reason="lost", message=words))
+                self._start(slot)
+        if not outcomes:  # which have to be written down before anything may go wrong here
+            self._started([one for one in ready if one in self._starting])
         return outcomes
-
-    def _lost(self, slot: int, job: Job, error: Exception) -> Outcome:
-        words = f"worker {slot} died: {str(error).splitlines()[0]}"
-        if self._restarts[slot] >= RESTARTS:
-            gone = ExecutorError(f"{words}; it was replaced {RESTARTS} times before")
-            return Outcome(trial=job.trial, rung=job.rung, kind="fatal", message=words, error=gone)
-        self._restarts[slot] += 1
-        self._actors[slot] = self._spawn()
-        self._abouts[slot] = {"id": slot, **self._get([self._actors[slot].about.remote()])[0]}
-        return Outcome(trial=job.trial, rung=job.rung, kind="fail", reason="lost", message=words)
 
     def progress(self) -> list[TrialProgress]:
         """Where running trials are; a worker that does not answer at once is left out."""
@@ -165,8 +196,8 @@ class RayExecutor:
 
     def interrupt(self) -> None:
         """Tell every running job to stop."""
-        for slot, _ in self._jobs.values():
-            self._actors[slot].stop.remote()
+        for slot, job in self._jobs.values():
+            self._actors[slot].stop.remote(job.trial, job.attempt)
 
     def close(self) -> None:
         """End the actors, and the Ray that we started."""
@@ -174,6 +205,11 @@ class RayExecutor:
             self._ray.kill(actor)
         if self._own:
             self._ray.shutdown()
+
+
+def _words(error: Exception, line: int = 0) -> str:
+    """The first (0) or last (-1) line of what Ray says, without its colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()[line]
 
 
 def _controlled(worker: type) -> type:

@@ -278,3 +278,75 @@ def test_reading_never_writes(evolm, finished_run: Path) -> None:
     for command in (("front",), ("status",), ("export",), ("show", "1")):
         evolm(command[0], finished_run, *command[1:])
     assert ledger.read_bytes() == before
+
+
+# --- what is named wrongly, or cannot be had --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (("search", "SPACE", "--seed", "99999999999999999999"), 2, "--seed"),
+        (("search", "SPACE", "--run", ""), 2, "run name '' must match"),
+        (("search", "SPACE", "--algorithm", "bayes"), 2, "unknown algorithm 'bayes'"),
+        (("search", "SPACE", "--cache", "SPACE"), 2, ""),
+        (("export", "RUN", "--out", "nowhere/x.csv"), 2, "nowhere/x.csv: No such file"),
+        (("show", "RUN", "\u00b2"), 2, "has no trial '\u00b2'"),
+        (("show", "RUN", "0"), 2, "has no trial '0'"),
+        (("resume", "RUN", "--trials", "1", "--executor", "inline"), 2, "has 6 already"),
+        (("train", "RECIPE", "--device", "tpu"), 2, "device 'tpu' cannot be used here"),
+        (("train", "RECIPE", "--device", "cuda:77"), 2, "device 'cuda:77' cannot be used here"),
+        (("train", "RECIPE", "--target", "{"), 2, "must be JSON"),
+        (("train", "RECIPE", "--target", '{"wbe": 1}'), 2, "must give weights to some of web"),
+        (("train", "RECIPE", "--target", '{"web": -1}'), 2, "weights must be numbers of at least 0"),
+        (("train", "RECIPE", "--out", "SPACE/below"), 5, "Not a directory"),
+        (("generate", "RUN", "--prompt", "a"), 2, "no exported model there"),
+    ],
+)
+def test_a_mistake_ends_in_words_and_leaves_nothing(
+    evolm, space_file: Path, finished_run: Path, cache: Path, words: tuple[str, ...], code: int, expected: str
+) -> None:
+    Path("recipe.yaml").write_text(
+        "version: 1\ndata: {sources: {web: {path: nothing}}}\nmodel: {d_model: 16, n_heads: 1}\ntrain: {tokens: 1K}\n"
+    )
+    named = {"SPACE": str(space_file), "RUN": str(finished_run), "RECIPE": "recipe.yaml"}
+    replaced = [named.get(word, word.replace("SPACE/", f"{space_file}/")) for word in words]
+    said = evolm(*replaced, *(["--executor", "inline"] if words[0] == "search" else []))
+    assert said.code == code and expected in said.err and "Traceback" not in said.err, said.err
+    assert not Path("runs").exists() or not any(Path("runs").glob("*/ledger.db"))
+
+
+def test_a_gpu_that_is_not_there_is_told_before_the_first_trial(evolm, space_file: Path, cache: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    space_file.write_text(space_file.read_text() + "resources: {gpus: 1}\n")
+    said = evolm("search", space_file, "--executor", "inline", "--cache", cache, "--run", "first")
+    assert said.code == 2 and "device 'cuda' cannot be used here" in said.err
+    space_file.write_text(space_file.read_text().replace("gpus: 1", "gpus: 0"))
+    assert evolm("search", space_file, "--executor", "inline", "--cache", cache, "--run", "first").code == 0
+
+
+def test_a_larger_budget_is_kept(evolm, finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "first")
+    assert evolm("resume", tmp_path / "first", "--trials", "7", "--executor", "inline").code == 0
+    again = evolm("resume", tmp_path / "first", "--executor", "inline")
+    assert again.code == 0 and "all 7 trials of the budget were tried; for more, give --trials N" in again.err
+    assert "--trials 14" in (tmp_path / "first/report.html").read_text()
+
+
+def test_data_that_is_not_there_is_told_at_its_line(evolm, space_file: Path, cache: Path) -> None:
+    space_file.write_text(space_file.read_text().replace("/web", "/wbe"))
+    said = evolm("search", space_file, "--executor", "inline", "--cache", cache)
+    assert said.code == 2 and f"{space_file}:6:10: data.sources.web: data source '" in said.err
+    assert "no such file or folder; did you mean" in said.err
+
+
+def test_an_empty_folder_is_told_at_its_line(evolm, space_file: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    text = space_file.read_text()
+    line = next(line for line in text.splitlines() if line.strip().startswith("web:"))
+    space_file.write_text(text.replace(line, f"    web: {{path: {tmp_path / 'empty'}}}"))
+    said = evolm("search", space_file, "--executor", "inline", "--cache", cache)
+    assert said.code == 2 and f"{space_file}:6:10: data.sources.web: no text in" in said.err

@@ -112,6 +112,12 @@ sarch: 1
         (("fidelity: {tokens: 1M}\n", ""), "needs `fidelity: {tokens: [2M, 32M]}`"),
         (("corpus}}", "corpus}}\n  sequence_length: 4"), "data.sequence_length: must be >= 8, is 4"),
         (("corpus}}", "corpus}}\n  mix: {web: 1, wiki: 1}"), "data.mix and data.sources must name the same domains"),
+        (("n_heads: 2", "n_heads: 2, ffn: {choise: [gelu]}"), "a gene? did you mean the kind 'choice'?"),
+        (("n_heads: 2", "n_haeds: 2"), "did you mean 'n_heads'?"),
+        (("corpus}}", "corpus}}\n  held_out: {max_bytes: {choice: [1024, 4096]}}"), "data.held_out: cannot be a gene"),
+        (("{path: corpus}", "{path: {choice: [a, b]}}"), "data.sources: cannot be a gene: all trials read"),
+        (("n_heads: 2}", "n_heads: 2}\ntrain: {seed: 3}"), "train.seed: is not read by a search (write `search"),
+        (("n_heads: 2}", "n_heads: 2}\ntrain: {seed: {int: [1, 3]}}"), "train.seed: cannot be a gene: trials are"),
         (("n_heads: 2", "n_heads: 3"), "model.d_model = 64 is no multiple of n_heads = 3 (set head_dim)"),
         (("n_heads: 2", "n_heads: 4, n_kv_heads: 3"), "n_heads = 4 is no multiple of n_kv_heads = 3"),
         (("n_heads: 2", "n_heads: [2, 2]"), "model.n_heads has 2 items for 6 layers"),
@@ -130,8 +136,11 @@ sarch: 1
         (("tokens: 1M}", "tokens: 1M}\nresources: {gpus: -1}"), "resources.gpus: must be >= 0, is -1"),
     ],
 )  # fmt: skip
-def test_one_thing_wrong(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
-    found = problems(tmp_path, MINIMAL.replace(*change))
+@pytest.mark.parametrize("costly", ["", 'constraints: ["params <= 100M"]\n'], ids=["free", "with a cost"])
+def test_one_thing_wrong(tmp_path: Path, change: tuple[str, str], expected: str, costly: str) -> None:
+    """With and without a constraint that has to compute what the (wrong) recipe costs."""
+    text = MINIMAL.replace(*change)
+    found = problems(tmp_path, text + ("" if "constraints" in text else costly))
     assert len(found) == 1 and expected in found[0], found
 
 

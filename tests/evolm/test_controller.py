@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -171,3 +171,57 @@ def test_checkpoints_are_deleted_when_nobody_can_need_them(tmp_path: Path) -> No
     for trial in rig.search.trials():
         kept = rung_checkpoint(RunFolder(tmp_path).trial(trial.id), 0).exists()
         assert kept == (trial.state == "paused")
+
+
+def test_losses_are_counted_from_rung_to_rung(tmp_path: Path) -> None:
+    """Two workers die on the way to each of three rungs: the trial still arrives."""
+    seen: dict[int, int] = {}
+
+    def deed(job: Job) -> Outcome:
+        seen[job.rung] = seen.get(job.rung, 0) + 1
+        return failure(job, "lost") if seen[job.rung] <= 2 else result(job)
+
+    rig = Rig(tmp_path, deed, trials=1, fidelity={"tokens": [1, 4, 16]})
+    rig.controller.run()
+    (trial,) = rig.search.trials()
+    assert (trial.state, trial.attempts, trial.lost, len(trial.rungs)) == ("complete", 9, 0, 3)
+
+
+class Two:
+    """An executor of two slots whose jobs end when they are told to stop; the first submission brings a signal."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[int, Job] = {}
+        self.told: set[int] = set()
+        self.controller: Controller | None = None
+
+    workers: ClassVar[list[dict[str, Any]]] = [{"id": 0}, {"id": 1}]
+
+    def idle(self) -> list[int]:
+        return [slot for slot in (0, 1) if slot not in self.jobs]
+
+    def submit(self, slot: int, job: Job) -> None:
+        assert self.controller is not None
+        self.controller.stop()
+        self.jobs[slot] = job
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        ended = [slot for slot in self.jobs if slot in self.told]
+        assert ended, "a job runs on that was never told to stop"
+        return [failure(self.jobs.pop(slot), "interrupted") for slot in ended]
+
+    def progress(self) -> list[TrialProgress]:
+        return []
+
+    def interrupt(self) -> None:
+        self.told |= set(self.jobs)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_signal_while_trials_are_handed_out_is_heard_by_all_and_launches_no_more(tmp_path: Path) -> None:
+    rig, executor = Rig(tmp_path, result), Two()
+    rig.controller.executor, executor.controller = executor, rig.controller
+    assert rig.controller.run() == "interrupted"
+    assert [trial.state for trial in rig.search.trials()] == ["proposed"]

@@ -96,13 +96,48 @@ def test_the_top_rung_is_the_end() -> None:
     assert next_promotion(trials, LADDER, LOSS) is None
 
 
-def test_both_ends_of_a_front_go_on() -> None:
-    objectives = read_objectives(["loss", "size"])
+def test_no_more_than_one_of_eta_goes_on_whatever_comes_later() -> None:
+    """Each later trial is better than all before: plain asynchronous halving would send every one of them on."""
+    trials: list[Trial] = []
+    for number in range(1, 17):
+        trials.append(trial(number, [100.0 - number]))
+        promoted = next_promotion(trials, LADDER, LOSS)
+        if promoted is not None:
+            trials[promoted.id - 1] = trial(promoted.id, [*(rung.metrics["loss"] for rung in promoted.rungs), 1.0])
+    assert sum(one.rung >= 1 for one in trials) == 8
+
+
+SIZED = read_objectives(["loss", "size"])
+
+
+def test_the_trial_that_is_good_at_both_goes_on_first() -> None:
     trials = [
-        trial(1, [1.0], size=9.0),
-        trial(2, [9.0], size=1.0),
-        trial(3, [5.0], size=5.5),
+        trial(1, [9.0], size=1.0),
+        trial(2, [1.0], size=9.0),
+        trial(3, [2.0], size=2.0),
         trial(4, [9.5], size=9.5),
     ]
-    first = next_promotion(trials, LADDER, objectives)
-    assert first is not None and first.id in (1, 2)
+    first = next_promotion(trials, LADDER, SIZED)
+    assert first is not None and first.id == 3
+
+
+def test_what_goes_on_next_is_unlike_what_went_on_before() -> None:
+    trials = [
+        trial(1, [3.0, 3.0], size=3.0),
+        trial(2, [2.9], size=3.1),  # its twin
+        trial(3, [1.0], size=6.0),  # another part of the front
+        trial(4, [9.0], size=9.0),
+    ]
+    second = next_promotion(trials, LADDER, SIZED)
+    assert second is not None and second.id == 3
+
+
+def test_an_outlier_does_not_hide_the_differences_of_the_others() -> None:
+    trials = [
+        trial(1, [1e9], size=1.0),
+        trial(2, [1.2], size=5.0),
+        trial(3, [1.1], size=5.0),
+        trial(4, [1.3], size=9.0),
+    ]
+    first = next_promotion(trials, Fidelity((1, 4), eta=4), SIZED)
+    assert first is not None and first.id == 3

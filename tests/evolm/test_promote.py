@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import evolm as package
 from evolm.errors import DataError, GateError
 from evolm.promote import promote
+from evolm.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_a_finished_promotion_is_not_trained_again(promoted: Path, evolm) -> Non
 
 def test_another_length_needs_another_folder(promoted: Path, evolm) -> None:
     said = evolm("promote", promoted.parents[1], promoted.name, "--tokens", "16K", "--force")
-    assert said.code == 2 and "holds another recipe, length or seed" in said.err
+    assert said.code == 2 and "holds a promotion on 8,000 tokens, not 16,000; leave --tokens out" in said.err
 
 
 def record(loss: float) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def test_a_corpus_that_changed_is_refused(run: Path, monkeypatch: pytest.MonkeyP
 def test_training_that_fails_is_told_with_its_log(run: Path, monkeypatch: pytest.MonkeyPatch, evolm) -> None:
     """The child's own words and exit code reach the user."""
     (run / "promoted/2/pretrain").mkdir(parents=True)
-    (run / "promoted/2/pretrain/recipe.json").write_text('{"recipe": {}, "tokens": 1, "seed": 0}')
+    (run / "promoted/2/pretrain/recipe.json").write_text('{"recipe": {}, "tokens": 1000, "seed": 0}')
     said = evolm("promote", run, "2", "--tokens", "1K")
     assert said.code == 2 and "training the winner failed:" in said.err and "log.txt" in said.err
 
@@ -134,3 +136,33 @@ def test_a_recipe_is_trained_exported_and_gone_on_with(
     assert evolm("train", "recipe.yaml", "--cache", cache, "--tokens", "2K").code == 2
     assert evolm("train", "recipe.yaml", "--tokens", "few").code == 2
     assert evolm("generate", "runs/small/export/hf", "--prompt", "aeio", "--max-tokens", "4").code == 0
+
+
+def test_without_tokens_a_promotion_that_was_begun_goes_on(promoted: Path, evolm) -> None:
+    said = evolm("promote", promoted.parents[1], promoted.name, "--force")
+    assert said.code == 0 and "training on 8K tokens each" in said.err
+
+
+def test_a_winner_that_loses_is_shown_beside_the_baseline(run: Path, monkeypatch: pytest.MonkeyPatch, evolm) -> None:
+    corpus = {"corpus": {"tokenizer": 1}}
+    records = {"pretrain": {**record(2.1), **corpus}, "baseline": {**record(2.0), **corpus}}
+    monkeypatch.setattr("evolm.promote._train_all", lambda *_: records)
+    said = evolm("promote", run, "2")
+    assert said.code == 6 and "+5.0%" in said.out and "nothing was exported" in said.err
+
+
+def test_a_signal_ends_both_trainings_and_the_same_command_goes_on(run: Path) -> None:
+    command = [sys.executable, "-m", "evolm", "promote", str(run), "best", "--tokens", "3M"]
+    best = run / "promoted" / str(package.load(run).trial("best").id)
+    logs = [best / name / "metrics.jsonl" for name in ("pretrain", "baseline")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 90
+        while not all(log.is_file() and log.stat().st_size for log in logs):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and "everything is saved; the same command goes on" in said
+    for name in ("pretrain", "baseline"):
+        assert (best / name / "checkpoints/latest/checkpoint.json").is_file()
+        assert not RunFolder(best / name).busy  # nobody trains on behind our back

@@ -39,7 +39,7 @@ def test_the_python_runs() -> None:
 
 def test_the_space_is_the_heart_of_the_demo(tmp_path: Path) -> None:
     (block,) = blocks("yaml")
-    (tmp_path / "heart.yaml").write_text(f"version: 1\nname: heart\n{block}")
+    (tmp_path / "heart.yaml").write_text(block)
     space = load_space(tmp_path / "heart.yaml").space
     demo = load_space(ROOT / "search_spaces/demo.yaml").space
     assert {gene.path for gene in space.genes} <= {gene.path for gene in demo.genes}

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from fitness.pareto import (
     Normaliser,
+    adds_most,
+    as_ranks,
     contributions,
     hypervolume,
     knee,
     nondominated,
-    preference,
     ranks,
-    reference_of,
 )
 
 properties = settings(deadline=None, derandomize=True, max_examples=100)
@@ -175,35 +175,40 @@ def test_with_one_objective_a_point_contributes_its_distance_to_the_reference():
     assert contributions(points(6), [4]).tolist() == [0]
 
 
-# --- preference and knee ----------------------------------------------------------------------------------------------
+# --- what to go on with, and the knee ---------------------------------------------------------------------------------
 
 
 @properties
-@given(random_points(most=12))
-def test_preference_orders_all_points_front_by_front(drawn):
-    order = preference(drawn)
-    assert sorted(order) == list(range(len(drawn)))
-    assert np.all(np.diff(ranks(drawn)[order]) >= 0)
+@given(random_points(most=10), random_points(most=10))
+def test_what_adds_most_adds_most(taken, waiting):
+    size = min(taken.shape[1], waiting.shape[1])
+    both = as_ranks(np.vstack([taken[:, :size], waiting[:, :size]]))
+    taken, waiting = both[: len(taken)], both[len(taken) :]
+    if len(waiting) == 0:
+        return
+    chosen = adds_most(taken, waiting)
+    reference = [1.1] * size
+    gains = [hypervolume(np.vstack([taken, waiting[i : i + 1]]), reference) for i in range(len(waiting))]
+    assert gains[chosen] == pytest.approx(max(gains))
 
 
-@properties
-@given(random_points(most=12), st.integers(0, 15))
-def test_a_short_preference_is_the_start_of_the_long_one(drawn, count):
-    assert preference(drawn, count) == preference(drawn)[:count]
+def test_where_nothing_is_added_the_better_one_is_taken():
+    assert adds_most(points([0.0, 0.0]), points([0.5, 0.5], [0.2, 0.3], [1.0, 0.1])) == 1
 
 
-def test_the_extremes_of_a_front_come_first_then_the_largest_contribution():
-    assert preference(points([3, 3], [10, 0], [0, 10], [2, 7], [7, 2], [5, 5])) == [1, 2, 0, 3, 4, 5]
-
-
-def test_with_one_objective_preference_is_order():
-    assert preference(points(3, 1, 2)) == [1, 2, 0]
+def test_with_one_objective_the_best_is_taken():
+    assert adds_most(points(0.5), points(0.9, 0.7, 0.8)) == 1
 
 
 @properties
 @given(random_points(most=8))
-def test_preference_does_not_depend_on_units(drawn):
-    assert preference(drawn * 2.0 ** np.arange(drawn.shape[1])) == preference(drawn)
+def test_ranks_do_not_depend_on_units_and_keep_the_order(drawn):
+    ranked = as_ranks(drawn)
+    assert np.array_equal(ranked, as_ranks(drawn * 2.0 ** np.arange(drawn.shape[1])))
+    assert np.all((ranked >= 0) & (ranked <= 1))
+    for column in range(drawn.shape[1]):
+        before, after = drawn[:, column], ranked[:, column]
+        assert np.array_equal(before[:, None] < before, after[:, None] < after)
 
 
 def test_the_knee_is_farthest_below_the_line_between_the_extremes():
@@ -217,10 +222,6 @@ def test_the_knee_does_not_depend_on_units():
 @pytest.mark.parametrize("rows", [[[1, 2]], [[1, 2], [2, 1]], [[1, 1], [2, 2], [3, 3]]])
 def test_a_front_of_less_than_three_has_no_knee(rows):
     assert knee(points(*rows)) is None
-
-
-def test_the_reference_lies_a_tenth_beyond_the_worst():
-    assert reference_of(points([0, 5], [10, 5])) == [11, 5.5]
 
 
 # --- bounds that do not move ------------------------------------------------------------------------------------------

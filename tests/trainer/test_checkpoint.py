@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from trainer import checkpoint
 from trainer.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
@@ -101,11 +102,12 @@ def test_a_new_one_takes_the_place_of_the_old_and_nothing_is_left_beside_it(save
 
 def test_a_save_that_fails_leaves_the_old_one(saved, trained, fresh, monkeypatch):
     def full(content, path):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # what it really raises
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as told:
         save_checkpoint(saved, *trained, state(samples=20))
+    assert told.value.errno == 28
     assert load_checkpoint(saved, *fresh) == state()
     assert [path.name for path in saved.parent.iterdir()] == ["latest"]
 

@@ -136,7 +136,7 @@ def test_finishing_drops_what_only_an_unfinished_stage_needs(recipe, corpus, fol
 @pytest.mark.parametrize("other", [{"tokens": 2 * TOKENS}, {"seed": 1}])
 def test_a_folder_of_another_length_or_seed_is_refused(recipe, corpus, folder, other):
     go(recipe, corpus, folder, report=stop_after(1))
-    with pytest.raises(DataError, match="holds another recipe, length or seed; give this run another folder"):
+    with pytest.raises(DataError, match="holds another recipe, length or seed; give this one another folder"):
         go(recipe, corpus, folder, **other)
 
 

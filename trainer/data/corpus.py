@@ -16,7 +16,8 @@ from trainer.data.loader import Loader
 from trainer.data.shards import Shard, open_shard, write_shard
 from trainer.data.sources import Roots
 from trainer.data.tokenizer import PAD, Tokenizer, open_tokenizer
-from trainer.recipe import Data
+from trainer.errors import DataError
+from trainer.recipe import Data, HeldOut, Source
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Corpus:
     def open(cls, data: Data, cache: Path, roots: Roots = ()) -> Corpus:
         """Read, split, tokenise: each step once per content, in the cache. Raises DataError."""
         documents = {
-            name: Documents.open(name, source, data.held_out, cache, roots) for name, source in data.sources.items()
+            name: _documents(name, source, data.held_out, cache, roots) for name, source in data.sources.items()
         }
         tokenizer = open_tokenizer(data.tokenizer, documents, cache)
         folders = {name: _tokens(one, tokenizer, cache) for name, one in documents.items()}
@@ -98,6 +99,15 @@ class Corpus:
             "weights": self.weights,
             "sources": {name: one.manifest for name, one in self.documents.items()},
         }
+
+
+def _documents(name: str, source: Source, held_out: HeldOut, cache: Path, roots: Roots) -> Documents:
+    """The documents of one source; what is wrong with them is told under the source's name."""
+    try:
+        return Documents.open(name, source, held_out, cache, roots)
+    except DataError as error:
+        prefix = f"data.sources.{name}: "
+        raise DataError(prefix + str(error).removeprefix(prefix)) from None
 
 
 def _tokens(documents: Documents, tokenizer: Tokenizer, cache: Path) -> Path:

@@ -106,6 +106,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
         bos_token=bos,
         eos_token=eos,
         model_max_length=longest,
+        padding_side="left",  # what a batch is continued from stands at its right end
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # as in training: what a text spells is text
     )

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 import trainer.model  # noqa: F401  # makes EvolmForCausalLM known, so that its folder needs no code of its own
 from search_spaces.errors import UsageError
+from trainer.device import usable_device
 
 
 def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
@@ -18,6 +19,7 @@ def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no exported model there (a folder with config.json and model.safetensors)")
     logging.disable_progress_bar()
+    place = usable_device(device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -27,11 +29,13 @@ def load_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UsageError(
+            f"{folder}: cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{folder}: cannot be loaded: {missing[0]} is missing from its weights")
-    return model.eval().to(device)
+    return model.eval().to(place)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from trainer.checkpoint import load_checkpoint, read_state
 from trainer.data.corpus import Corpus
 from trainer.errors import CheckpointError, DataError
 from trainer.loop import Checkpoints, Progress, Record, Report, recipe_digest, train
+from trainer.metrics_log import MetricsLog
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
@@ -42,14 +43,22 @@ class Stage:
         values: dict[str, Any] = json.loads(self.record_file.read_text())
         return values
 
+    def begun(self) -> dict[str, Any] | None:
+        """The recipe, length and seed that this folder was claimed for, or None."""
+        if not self.recipe_file.is_file():
+            return None
+        values: dict[str, Any] = json.loads(self.recipe_file.read_text())
+        return values
+
     def begin(self, recipe: Recipe, tokens: int, seed: int) -> None:
         """Claim the folder for one recipe, length and seed. Raises DataError when it belongs to another."""
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = {"recipe": recipe.model_dump(mode="json"), "tokens": tokens, "seed": seed}
-        if self.recipe_file.is_file():
-            theirs = json.loads(self.recipe_file.read_text())
+        theirs = self.begun()
+        if theirs is not None:
             if theirs != json.loads(json.dumps(mine)):
-                raise DataError(f"{self.folder}: holds another recipe, length or seed; give this run another folder")
+                rule = "holds another recipe, length or seed; give this one another folder (--out)"
+                raise DataError(f"{self.folder}: {rule}")
             return
         write_json(self.recipe_file, mine)
 
@@ -79,14 +88,13 @@ def pretrain(
     stage.begin(recipe, tokens, seed)
     if stage.record() is not None:
         return None
-    with (folder / "metrics.jsonl").open("a") as log:
+    with MetricsLog(folder / "metrics.jsonl") as log:
         logged = 0.0
 
         def report_and_log(progress: Progress) -> bool:
             nonlocal logged
             if progress.tokens >= logged:
-                log.write(json.dumps(asdict(progress)) + "\n")
-                log.flush()
+                log.write(asdict(progress))
                 logged = progress.tokens + METRICS_EVERY * progress.total_tokens
             return report(progress)
 
