@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -134,8 +134,9 @@ class Gene(ABC):
     def neighbours(self, value: Any) -> list[Any]:
         """The legal values one small step away."""
 
-    def moves(self, value: Any) -> list[Any]:
-        """Legal values to go to when a constraint is broken: small steps, and larger ones where there are some."""
+    def moves(self, value: Any) -> Iterable[Any]:
+        """Legal values to go to when a constraint is broken, one by one: small steps, and larger ones where there are
+        some."""
         return self.neighbours(value)
 
     @abstractmethod
@@ -443,12 +444,14 @@ class SimplexGene(Gene):
                     near.append(moved)
         return near
 
-    def moves(self, value: Any) -> list[Any]:
+    def moves(self, value: Any) -> Iterator[Any]:
         # Each part half of the way to its ceiling, then to its floor; the others make room in proportion.
         weights, (floor, ceiling) = self._weights(value), self.bounds
-        ends = [(part, end) for bounds in (ceiling, floor) for part, end in enumerate(bounds)]
-        found = [simplex.moved(weights, part, (weights[part] + end) / 2, floor, ceiling) for part, end in ends]
-        return [moved for moved in map(self._values, found) if moved != value]
+        for bounds in (ceiling, floor):
+            for part, end in enumerate(bounds):
+                moved = self._values(simplex.moved(weights, part, (weights[part] + end) / 2, floor, ceiling))
+                if moved != value:
+                    yield moved
 
     def encode(self, value: Any) -> list[float]:
         return [float(weight) for weight in self._weights(value)]
@@ -551,12 +554,12 @@ class ListGene(Gene):
             [*value[:i], near, *value[i + 1 :]] for i in range(self.count) for near in self.item.neighbours(value[i])
         ]
 
-    def moves(self, value: Any) -> list[Any]:
+    def moves(self, value: Any) -> Iterator[Any]:
         # Every position at once, as a limit on the whole wants it, then one by one.
-        steps = [self.item.moves(item) for item in value]
-        together = [[move[i] for move in steps] for i in range(min(map(len, steps), default=0))]
-        single = [[*value[:i], move, *value[i + 1 :]] for i, moves in enumerate(steps) for move in moves]
-        return [*together, *single]
+        yield from map(list, zip(*(self.item.moves(item) for item in value), strict=False))
+        for position, item in enumerate(value):
+            for move in self.item.moves(item):
+                yield [*value[:position], move, *value[position + 1 :]]
 
     def encode(self, value: Any) -> list[float]:
         # Positions beyond this genome's length carry the baseline's code: they say nothing.

@@ -31,6 +31,7 @@ from search_spaces.syntax import OPTIONS
 
 MAX_ITEMS = 10_000
 MAX_LIST = 1_024
+MAX_PARTS = 256
 MAX_NODES = 1_000
 """Genes and derived values of one space."""
 
@@ -198,6 +199,9 @@ def _read_simplex(spec: Mapping[str, Any], path: Path, problems: Problems) -> Si
         given = dict.fromkeys(given, 1.0)
     if not isinstance(given, Mapping) or not given:
         problems.add(here, f"must be a mapping of names to weights, is {shown(given)}", value=given)
+        return None
+    if len(given) > MAX_PARTS:
+        problems.add(here, f"has {len(given)} parts, {MAX_PARTS} are the most")
         return None
     weights = [_number(weight, (*here, name), problems) for name, weight in given.items()]
     if any(weight is None for weight in weights):
