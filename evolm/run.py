@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fitness.ledger import Ledger
 from fitness.objectives import Objective, minimised, read_objectives
 from fitness.pareto import Normaliser, knee
 from fitness.trial import Trial
+from search_spaces.genes import NumberGene
 from trainer import cost
 from trainer.metrics_log import read_metrics
 
@@ -179,7 +181,14 @@ class Run:
             versions=sessions[-1]["versions"] if sessions else {},
             space=self.file.text,
             curves=self.curves(),
+            logarithmic=frozenset(g.path for g in self.file.space.genes if isinstance(g, NumberGene) and g.log),
+            promotions=self.promotions(),
         )
+
+    def promotions(self) -> list[dict[str, Any]]:
+        """What every finished promotion found, by trial."""
+        files = sorted(self.folder.path.glob("promoted/*/promotion.json"), key=lambda file: int(file.parent.name))
+        return [json.loads(file.read_text()) for file in files]
 
     def curves(self) -> dict[int, list[dict[str, Any]]]:
         """The lines of every trial's metrics.jsonl."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class RunData:
     """A run as plain values. `curves` are the lines of each trial's metrics.jsonl, by trial; `began` and `ended` are
-    the times of its first and last event, in seconds since the epoch."""
+    the times of its first and last event, in seconds since the epoch; `logarithmic` are the genes on such a scale,
+    `promotions` what every finished promotion wrote down."""
 
     name: str
     path: str
@@ -39,6 +40,8 @@ class RunData:
     began: float | None = None
     ended: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    logarithmic: frozenset[Path] = frozenset()
+    promotions: Sequence[Mapping[str, Any]] = ()
 
 
 def gene_columns(data: RunData, trial: Trial) -> dict[str, Any]:

@@ -153,4 +153,4 @@ def _rung_note(data: RunData) -> str:
     if len(data.rungs) < 2 or rung < 0:
         return ""
     tokens = f" ({short(data.rungs[rung])} tokens)" if rung < len(data.rungs) else ""
-    return f"All trials that reached rung {rung}{tokens}, as they were there. "
+    return f"All trials that reached rung {rung + 1}{tokens}, as they were there. "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fitness.objectives import Objective
 from fitness.trial import REASONS, STATES, Trial
@@ -107,13 +109,30 @@ def headline(data: RunData) -> str:
         return f"{counted(len(data.trials), 'trial')} so far, none with a result yet."
     best, goal = data.front[0], data.objectives[0]
     found = f"The best {goal.metric} is {short(best.metrics[goal.metric])}, of trial {best.id}"
-    return f"{_reached(data, best)} {found}{_against(data, best, goal)}."
+    return f"{_reached(data, best)} {found}{_against(data, best, goal)}.{_judged(data)}"
+
+
+def _judged(data: RunData) -> str:
+    """What was found on test text; before there is a promotion, what the numbers are worth."""
+    told = [_promoted(promotion) for promotion in data.promotions]
+    return " " + (" ".join(told) or "Losses are on validation text, by which the search chose, of one seed.")
+
+
+def _promoted(promotion: Mapping[str, Any]) -> str:
+    winner, baseline = promotion["winner"], promotion["baseline"]
+    loss = winner["test"]["bits_per_byte"]
+    words = f"Trial {promotion['trial']}, trained on {short(promotion['tokens'])} tokens: "
+    words += f"{loss:.3f} bits per byte on test text"
+    if baseline is None:
+        return f"{words} (it is the baseline)."
+    other = baseline["test"]["bits_per_byte"]
+    return f"{words}, the baseline {other:.3f} ({(loss - other) / other:+.1%})."
 
 
 def _reached(data: RunData, best: Trial) -> str:
     """How many trials the front was chosen from, and how many are on it."""
     tokens, size = best.rungs[-1].tokens, len(data.front)
-    rung = "the highest rung" if best.rung + 1 >= len(data.rungs) else f"rung {best.rung}, the highest so far"
+    rung = "the highest rung" if best.rung + 1 >= len(data.rungs) else f"rung {best.rung + 1}, the highest so far"
     words = f"{len(results_at(data, top_rung(data))):,} of {counted(len(data.trials), 'trial')} "
     words += f"reached {rung}, {short(tokens)} tokens" if tokens else "gave a result"
     if len(data.objectives) > 1:
@@ -132,7 +151,9 @@ def _against(data: RunData, best: Trial, goal: Objective) -> str:
         return "; the baseline has no result to compare it with"
     words = gap.text if gap.verdict == "same" else f"{gap.text.lstrip('+−')} {gap.verdict} than the baseline"
     rung = common_rung(best, baseline)
-    return f", {words}" + (f" (compared at rung {rung}, the highest that both reached)" if rung != best.rung else "")
+    if rung is None or rung == best.rung:
+        return f", {words}"
+    return f", {words} (compared at rung {rung + 1}, the highest that both reached)"
 
 
 def tiles(data: RunData) -> list[Tile]:
@@ -253,10 +274,10 @@ def _remark(trial: Trial, baseline: Trial | None) -> str:
     if not trial.rungs:
         return f"{trial.state}, no result" + (f": {trial.reason}" if trial.reason else "")
     tokens = trial.rungs[-1].tokens
-    words = f"at rung {trial.rung}, {short(tokens)} tokens" if tokens else ""
+    words = f"at rung {trial.rung + 1}, {short(tokens)} tokens" if tokens else ""
     if baseline is None:
         return words
     rung = common_rung(trial, baseline)
     if rung is None:
         return f"{words}; the baseline has no result to compare it with"
-    return words if rung == trial.rung else f"{words}; compared at rung {rung}, the highest that both reached"
+    return words if rung == trial.rung else f"{words}; compared at rung {rung + 1}, the highest that both reached"

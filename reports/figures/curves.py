@@ -123,7 +123,7 @@ def _rungs(data: RunData) -> dict[str, Sequence[dict[str, Any]]]:
     ]
     words = [
         {
-            "text": f"rung {number}, {short(tokens)}",
+            "text": f"rung {number + 1}, {short(tokens)}",
             "x": math.log10(tokens),
             "y": 0.995,
             "yref": "paper",

@@ -36,6 +36,7 @@ class Panel:
     title: str
     values: NDArray[np.float64]
     levels: tuple[str, ...] = ()
+    log: bool = False
 
 
 def genes(data: RunData) -> go.Figure:
@@ -43,7 +44,7 @@ def genes(data: RunData) -> go.Figure:
     results = thin(best_first(results_at(data, telling_rung(data)), data.objectives[0]), POINTS)
     if not results:
         return nothing("No trial has a result yet.")
-    panels = [panel for path in data.genes if (panel := _panel(path, results))][:MAX_PANELS]
+    panels = [panel for path in data.genes if (panel := _panel(path, results, path in data.logarithmic))][:MAX_PANELS]
     if not panels:
         return nothing("No gene took more than one value.")
     goal = data.objectives[0]
@@ -73,7 +74,7 @@ def genes(data: RunData) -> go.Figure:
     return drawn
 
 
-def _panel(path: Path, results: Sequence[Result]) -> Panel | None:
+def _panel(path: Path, results: Sequence[Result], log: bool) -> Panel | None:
     """The panel of one gene; None for a mix (which has a figure of its own) and for one that never changed."""
     found = [get(result.trial.genome, path) for result in results]
     if any(is_mix(value) for value in found):
@@ -84,7 +85,7 @@ def _panel(path: Path, results: Sequence[Result]) -> Panel | None:
         return None
     if all(_is_number(value) for value in distinct.values()):
         if len(distinct) > MAX_LEVELS or not all(float(value).is_integer() for value in distinct.values()):
-            return Panel(title, np.array([math.nan if value is None else float(value) for value in found]))
+            return Panel(title, np.array([math.nan if value is None else float(value) for value in found]), log=log)
         order = sorted(distinct, key=lambda text: float(distinct[text]))
     else:
         order = sorted(distinct)[: 2 * MAX_LEVELS]
@@ -125,7 +126,7 @@ def _scale(panel: Panel) -> dict[str, Any]:
             "showgrid": False,
         }
     known = panel.values[np.isfinite(panel.values)]
-    log = wants_log(known) or _spans(known, 20)
+    log = panel.log or wants_log(known) or _spans(known, 20)
     small = {"exponentformat": "e"} if known.max() < 1 else {}
     return {**scale(known, log=log), **small, **({} if log else {"nticks": 5})}
 

@@ -21,7 +21,7 @@ def about(data: RunData, trial: Trial, rung: Rung | None = None) -> str:
     lines = [f"<b>trial {trial.id}</b> ({plain(origin(trial))})"]
     if told is not None:
         lines += [f"{plain(goal.metric)} <b>{short(told.metrics[goal.metric])}</b>" for goal in data.objectives]
-        lines.append(f"rung {told.rung}, {short(told.tokens)} tokens" if told.tokens else f"rung {told.rung}")
+        lines.append(f"rung {told.rung + 1}, {short(told.tokens)} tokens" if told.tokens else f"rung {told.rung + 1}")
     lines += [f"{plain(dotted(path))} {plain(short(get(genome, path)))}" for path in data.genes[:GENES]]
     if len(data.genes) > GENES:
         lines.append(f"and {len(data.genes) - GENES} more genes")

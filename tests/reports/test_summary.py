@@ -70,7 +70,7 @@ class TestHead:
 
     def test_headline_before_anything_reached_the_highest_rung(self, run_of: Made, made_up: Made) -> None:
         begun = [replace(one, rungs=one.rungs[:1], state="paused") for one in made_up(9, failures=False).trials]
-        assert "9 of 9 trials reached rung 0, the highest so far, 1M tokens" in headline(run_of(begun))
+        assert "9 of 9 trials reached rung 1, the highest so far, 1M tokens" in headline(run_of(begun))
 
     def test_headlines_without_a_result(self, run_of: Made, made_up: Made) -> None:
         failed = [one for one in made_up().trials if one.state in ("failed", "infeasible")]
@@ -80,14 +80,14 @@ class TestHead:
         assert headline(run_of([replace(failed[0], state="running")])) == "1 trial so far, none with a result yet."
 
     def test_headline_when_nothing_beats_the_baseline(self, made_up: Made) -> None:
-        assert headline(made_up(1)).endswith("of trial 1, the baseline: nothing has beaten it yet.")
+        assert "of trial 1, the baseline: nothing has beaten it yet." in headline(made_up(1))
 
     def test_headline_when_the_baseline_stayed_behind(self, made_up: Made) -> None:
         data = made_up()
         first = data.trials[0]
         paused = replace(first, rungs=first.rungs[:1], state="paused")
         words = headline(replace(data, trials=[paused, *data.trials[1:]]))
-        assert words.endswith("(compared at rung 0, the highest that both reached).")
+        assert "(compared at rung 1, the highest that both reached)." in words
         failed = replace(first, rungs=(), state="failed", reason="oom")
         assert "no result to compare it with" in headline(replace(data, trials=[failed, *data.trials[1:]]))
 
@@ -162,3 +162,13 @@ class TestWording:
         ]  # fmt: skip
         assert moment(0) == "1970-01-01 00:00 UTC"
         assert [counted(1, "trial"), counted(2000, "trial")] == ["1 trial", "2,000 trials"]
+
+
+def test_a_promotion_is_told_with_what_test_text_said(made_up: Made) -> None:
+    data = made_up(9)
+    assert "Losses are on validation text, by which the search chose, of one seed." in headline(data)
+    told = {"trial": 3, "tokens": 2_000_000, "winner": {"test": {"bits_per_byte": 1.9}}}
+    judged = replace(data, promotions=[{**told, "baseline": {"test": {"bits_per_byte": 2.0}}}])
+    words = "Trial 3, trained on 2M tokens: 1.900 bits per byte on test text, the baseline 2.000 (-5.0%)."
+    assert words in headline(judged)
+    assert "(it is the baseline)" in headline(replace(data, promotions=[{**told, "baseline": None}]))
