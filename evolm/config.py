@@ -25,7 +25,7 @@ from search_spaces.reading import is_derived, is_gene
 from search_spaces.repair import approach
 from search_spaces.yaml_source import Document, read_yaml
 from trainer import cost
-from trainer.recipe import NAME, Recipe
+from trainer.recipe import NAME, Recipe, defaults
 from trainer.recipe_check import check, rule
 
 SECTIONS = tuple(Recipe.model_fields)
@@ -74,6 +74,7 @@ def load_space(path: Path) -> SpaceFile:
         exact=cost.exact_functions() if own else {},
         rule=rule if own else None,
         baselines=_listed(values, "baselines", dict),
+        defaults=defaults() if own else {},
     )
     settings = _settings(values, problems, own)
     if own:

@@ -123,7 +123,7 @@ def _drawn(space: Space, rng: Rng) -> Genome | None:
 
 
 def _meets(space: Space, constraint: Constraint, genome: Genome) -> bool:
-    return shortfall(constraint.expression, lookup_in(genome.values(), space.exact)) == 0
+    return shortfall(constraint.expression, lookup_in(genome.values(), space.exact, space.defaults)) == 0
 
 
 def _some_repaired(space: Space, genomes: Sequence[Genome], rng: Rng) -> list[Genome]:

@@ -46,7 +46,7 @@ def space_shortfall(space: Space, genome: Genome) -> float:
     values = genome.values()
     if space.rule is not None and space.rule(values):
         return NOT_A_RECIPE
-    lookup = lookup_in(values, space.exact)
+    lookup = lookup_in(values, space.exact, space.defaults)
     return sum(shortfall(constraint.expression, lookup) for constraint in space.constraints)
 
 

@@ -52,8 +52,10 @@ class Space:
         constraints: Sequence[Constraint] = (),
         exact: Exact | None = None,
         rule: Rule | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.template = template
+        self.defaults: Mapping[str, Any] = defaults or {}
         self.nodes = tuple(nodes)
         self.genes: tuple[Gene, ...] = tuple(node for node in nodes if isinstance(node, Gene))
         self.constraints = tuple(constraints)
@@ -71,16 +73,18 @@ class Space:
         exact: Exact | None = None,
         rule: Rule | None = None,
         baselines: Sequence[Mapping[str, Any]] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> Self:
         """Build a space from any nested mapping of JSON values, some of them genes or derived values.
 
         `exact` adds names to the constraints (functions of the genome, such as a parameter count), `rule` a check of
-        the whole genome, `baselines` genomes (or parts of them; the rest is taken from the baseline) to be tried first.
+        the whole genome, `baselines` genomes (or parts of them; the rest is taken from the baseline) to be tried first,
+        `defaults` what expressions read where a genome says nothing.
 
         Raises SpaceError with every problem that was found.
         """
         problems = Problems()
-        space = cls.read(genes, constraints, problems, exact=exact, rule=rule, baselines=baselines)
+        space = cls.read(genes, constraints, problems, exact=exact, rule=rule, baselines=baselines, defaults=defaults)
         problems.raise_if_any()
         assert space is not None
         return space
@@ -95,6 +99,7 @@ class Space:
         exact: Exact | None = None,
         rule: Rule | None = None,
         baselines: Sequence[Mapping[str, Any]] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> Self | None:
         """Like `from_dict`, for a caller that has more to say: problems are noted, not raised; None when there are
         any."""
@@ -102,16 +107,16 @@ class Space:
         tree = plain_json(genes, (), problems)
         if len(problems.found) > before:
             return None
-        nodes, template = read_tree(tree, problems)
+        nodes, template = read_tree(tree, problems, defaults or {})
         if len(nodes) > MAX_NODES or len(constraints) > MAX_CONSTRAINTS:
             many = f"{len(nodes)} genes and derived values, {len(constraints)} constraints"
             problems.add((), f"holds {many}; {MAX_NODES} and {MAX_CONSTRAINTS} are the most")
             return None
-        ordered = in_order(nodes, template, problems)
-        conditions = read_constraints(constraints, nodes, template, exact or {}, problems)
+        ordered = in_order(nodes, template, problems, defaults or {})
+        conditions = read_constraints(constraints, nodes, template, exact or {}, problems, defaults or {})
         if len(problems.found) > before:
             return None
-        space = cls(template=template, nodes=ordered, constraints=conditions, exact=exact, rule=rule)
+        space = cls(template=template, nodes=ordered, constraints=conditions, exact=exact, rule=rule, defaults=defaults)
         space._try_baseline(problems)
         if len(problems.found) == before:
             space.baselines = tuple(space._read_baselines(baselines, problems))
@@ -122,7 +127,7 @@ class Space:
     def fill(self, choose: Choose) -> Genome:
         """The genome in which every active gene has the value that `choose` gives for it."""
         values: Values = json.loads(self._blank)
-        lookup = lookup_in(values)
+        lookup = lookup_in(values, None, self.defaults)
         for node in self.nodes:
             if isinstance(node, Gene):
                 gene = node.sized(lookup)
@@ -200,7 +205,7 @@ class Space:
 
     def active(self, values: Values) -> list[Gene]:
         """The genes that have a say in a genome, with the lengths that it gives them."""
-        lookup = lookup_in(values)
+        lookup = lookup_in(values, None, self.defaults)
         return [gene.sized(lookup) for gene in self.genes if gene.when is None or gene.when.test(lookup)]
 
     def _feasible(self, propose: Callable[[], Genome], rng: Rng, other_than: Genome | None = None) -> Genome:
@@ -233,7 +238,7 @@ class Space:
         values = genome.values()
         if self.rule is not None and (words := self.rule(values)):
             return [("the recipe's own rules", words)]
-        lookup = lookup_in(values, self.exact)
+        lookup = lookup_in(values, self.exact, self.defaults)
         broken = []
         for constraint in self.constraints:
             try:
@@ -325,7 +330,7 @@ class Space:
             return
         if self.rule is not None and self.rule(values):
             return  # it has no costs; whoever gave the rule tells what is wrong, with its place
-        lookup = lookup_in(values, self.exact)
+        lookup = lookup_in(values, self.exact, self.defaults)
         for i, constraint in enumerate(self.constraints):
             try:
                 constraint.expression.test(lookup)
@@ -370,7 +375,7 @@ class Space:
     def encode(self, genome: Genome) -> NDArray[np.float64]:
         """The genome as `width` numbers in [0, 1]; an inactive gene has the code of its baseline."""
         values = genome.values()
-        lookup = lookup_in(values)
+        lookup = lookup_in(values, None, self.defaults)
         units: list[float] = []
         for node in self.genes:
             gene = node.sized(lookup)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
@@ -75,7 +76,9 @@ def _printable(text: str) -> bool:
     return True
 
 
-def read_tree(tree: Any, problems: Problems) -> tuple[dict[Path, Gene | Expression], dict[str, Any]]:
+def read_tree(
+    tree: Any, problems: Problems, defaults: Mapping[str, Any]
+) -> tuple[dict[Path, Gene | Expression], dict[str, Any]]:
     """Split a nested mapping into its genes and derived values, by path, and the template that they leave."""
     nodes: dict[Path, Gene | Expression] = {}
 
@@ -101,20 +104,25 @@ def read_tree(tree: Any, problems: Problems) -> tuple[dict[Path, Gene | Expressi
     genes = {path: node for path, node in nodes.items() if isinstance(node, Gene)}
     for path, gene in genes.items():
         if isinstance(gene, ListGene) and isinstance(gene.length, Expression):
-            fixed = _fixed(template, gene.length)
+            fixed = _fixed(template, gene.length, defaults)
             nodes[path] = replace(gene, longest=longest_of(gene, genes, fixed, problems))
     return nodes, template
 
 
-def _fixed(template: Mapping[str, Any], length: Expression) -> Any:
+def _fixed(template: Mapping[str, Any], length: Expression, defaults: Mapping[str, Any]) -> Any:
     """The value of a length that names no gene."""
     try:
-        return get(template, next(iter(length.names)))
+        return lookup_in(dict(template), None, defaults)(next(iter(length.names)))
     except (KeyError, StopIteration):
         return None
 
 
-def in_order(nodes: Mapping[Path, Gene | Expression], template: Mapping[str, Any], problems: Problems) -> list[Node]:
+def in_order(
+    nodes: Mapping[Path, Gene | Expression],
+    template: Mapping[str, Any],
+    problems: Problems,
+    defaults: Mapping[str, Any],
+) -> list[Node]:
     """Genes and derived values such that each comes after those it names; circles and unknown names are noted."""
     graph: dict[Path, set[Path]] = {}
     for path, node in nodes.items():
@@ -124,8 +132,10 @@ def in_order(nodes: Mapping[Path, Gene | Expression], template: Mapping[str, Any
             found = _named_nodes(name, nodes)
             graph[path] |= found
             length = isinstance(node, ListGene) and isinstance(node.length, Expression) and name in node.length.names
-            if not found and not _exists(template, name) and not length:  # a bad length was told by `longest_of`
-                _unknown_name(name, path, nodes, template, (), problems)
+            if (
+                not found and not _exists(name, template, defaults) and not length
+            ):  # a bad length was told by `longest_of`
+                _unknown_name(name, path, nodes, (template, defaults), (), problems)
     order = TopologicalSorter(graph)
     try:
         order.prepare()
@@ -153,23 +163,24 @@ def _named_nodes(name: Place, nodes: Mapping[Path, Gene | Expression]) -> set[Pa
     return above or {path for path in nodes if path[: len(name)] == name}
 
 
-def _exists(template: Mapping[str, Any], name: Place) -> bool:
-    try:
-        get(template, name)
-    except KeyError:
-        return False
-    return True
+def _exists(name: Place, *trees: Mapping[str, Any]) -> bool:
+    for tree in trees:
+        with suppress(KeyError):
+            get(tree, name)
+            return True
+    return False
 
 
 def _unknown_name(
     name: Place,
     path: Path,
     nodes: Mapping[Path, Gene | Expression],
-    template: Mapping[str, Any],
+    trees: Sequence[Mapping[str, Any]],
     extra: Iterable[str],
     problems: Problems,
 ) -> None:
-    known = {dotted(place) for place in nodes} | {dotted(place) for place, _ in leaves(template)} | set(extra)
+    known = {dotted(place) for place in nodes} | {dotted(place) for tree in trees for place, _ in leaves(tree) if place}
+    known |= set(extra)
     problems.unknown(path, dotted(name), known, "name")
 
 
@@ -179,6 +190,7 @@ def read_constraints(
     template: Mapping[str, Any],
     exact: Exact,
     problems: Problems,
+    defaults: Mapping[str, Any],
 ) -> list[Constraint]:
     """Parse the constraints; names that neither the space nor the exact costs know are noted."""
     constraints = []
@@ -188,20 +200,24 @@ def read_constraints(
         if expression is None:
             continue
         for name in sorted(expression.names):
-            known = (len(name) == 1 and name[0] in exact) or _named_nodes(name, nodes) or _exists(template, name)
-            if not known:
-                _unknown_name(name, here, nodes, template, exact, problems)
+            known = (len(name) == 1 and name[0] in exact) or _named_nodes(name, nodes)
+            if not known and not _exists(name, template, defaults):
+                _unknown_name(name, here, nodes, (template, defaults), exact, problems)
         constraints.append(Constraint(expression))
     return constraints
 
 
-def lookup_in(values: Values, exact: Exact | None = None) -> Lookup:
-    """Names of expressions resolved in a genome: an exact cost by its name, anything else as a path."""
+def lookup_in(values: Values, exact: Exact | None = None, defaults: Mapping[str, Any] | None = None) -> Lookup:
+    """Names of expressions resolved in a genome: an exact cost by its name, anything else as a path, and what the
+    genome does not say by its default."""
 
     def lookup(place: Place) -> Any:
         if exact is not None and len(place) == 1 and place[0] in exact:
             value = exact[place[0]](values)
             return value.item() if isinstance(value, np.generic) else value
-        return get(values, place)
+        try:
+            return get(values, place)
+        except KeyError:
+            return get(defaults or {}, place)
 
     return lookup

@@ -7,9 +7,11 @@ fields together in `incoherence`. The space language, its error messages and its
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from search_spaces.errors import nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names that become folder names, table columns and parts of metric names."""
@@ -180,9 +182,12 @@ def incoherence(recipe: Recipe) -> str | None:
     if model.head_dim is None and len({layer.head_dim for layer in model.layers()}) > 1:
         return "model.n_heads differs between layers, so model.head_dim must be given"
     if data.mix is not None:
-        if set(data.mix) != set(data.sources):
-            odd = sorted(set(data.mix) ^ set(data.sources))
-            return f"data.mix and data.sources must name the same domains; only one of them has {', '.join(odd)}"
+        if strange := sorted(set(data.mix) - set(data.sources)):
+            close = nearest(strange[0], data.sources)
+            advice = f"did you mean '{close}'?" if close else f"there are {', '.join(data.sources)}"
+            return f"data.mix names '{strange[0]}', which is no source; {advice}"
+        if forgotten := sorted(set(data.sources) - set(data.mix)):
+            return f"data.mix gives no weight to source '{forgotten[0]}'"
         if sum(data.mix.values()) <= 0:
             return "data.mix must give some source a positive weight"
     if train.batch_tokens < data.sequence_length:
@@ -191,6 +196,13 @@ def incoherence(recipe: Recipe) -> str | None:
     if bad:
         return f"source name '{bad[0]}' must match {NAME.pattern}"
     return None
+
+
+def defaults() -> dict[str, Any]:
+    """What a recipe says where its writer says nothing, as a nested mapping; sources have none."""
+    named = {name: field.default for name, field in Data.model_fields.items() if not field.is_required()}
+    data = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in named.items()}
+    return {"data": data, "model": Model().model_dump(), "train": Train().model_dump()}
 
 
 def _per_layer(value: int | list[int], n_layers: int) -> list[int]:
