@@ -59,11 +59,9 @@ def test_the_python_interface_loads_the_same_space(tmp_path: Path) -> None:
 
 
 def test_the_number_of_experts_sleeps_where_there_is_no_mixture(tmp_path: Path) -> None:
-    genes = (
-        "model:\n  ffn: {choice: [swiglu, moe]}\n"
-        "  n_experts: {choice: [4, 8], when: \"model.ffn == 'moe'\", default: 0}\n"
-    )
-    text = MINIMAL.replace("model:\n", genes) + 'constraints: ["active_params <= params"]\n'
+    genes = """n_heads: 2, ffn: {choice: [swiglu, moe]},
+  n_experts: {choice: [4, 8], when: "model.ffn == 'moe'", default: 0}}"""
+    text = MINIMAL.replace("n_heads: 2}", genes) + 'constraints: ["active_params <= params"]\n'
     space, rng = load_space(write(tmp_path, text)).space, np.random.default_rng(0)
     drawn = [space.sample(rng) for _ in range(20)]
     assert {(one.values()["model"]["ffn"], one.values()["model"]["n_experts"]) for one in drawn} == {
