@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from search_spaces.genome import canonical_json
-from trainer.recipe import Layer, Recipe
+from trainer.recipe import GATED, Layer, Model, Recipe
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens per forward pass when the recipe does not say."""
@@ -51,16 +51,18 @@ def costs(recipe: Recipe) -> Costs:
     vocabulary = data.tokenizer.vocab_size
     embedding = vocabulary * model.d_model
     head = 0 if model.tie_embeddings else embedding
-    matrices = [_attention_matrices(layer, model.d_model) + _ffn_matrices(layer, model.d_model) for layer in layers]
+    attention_matrices = sum(_attention_matrices(layer, model.d_model) for layer in layers)
+    matrices = attention_matrices + sum(_ffn_matrices(layer, model, model.n_experts) for layer in layers)
+    used = attention_matrices + sum(_ffn_matrices(layer, model, model.n_active_experts) for layer in layers)
     norms = [2 * model.d_model + (2 * layer.head_dim if model.qk_norm else 0) for layer in layers]
-    params = embedding + head + sum(matrices) + sum(norms) + model.d_model
+    params = embedding + head + matrices + sum(norms) + model.d_model
     # A matrix costs one multiply-add per weight and token. Attention scores and their use cost two more per head
     # dimension and attended position; the whole sequence is counted, as is usual (PaLM, arXiv 2204.02311, appendix B).
     attention = sum(2 * 2 * layer.n_heads * layer.head_dim * data.sequence_length for layer in layers)
-    forward = 2 * (sum(matrices) + embedding) + attention
+    forward = 2 * (used + embedding) + attention
     return Costs(
         params=params,
-        active_params=params,
+        active_params=params - matrices + used,
         embedding_params=embedding + head,
         flops_per_token=3 * forward,  # the backward pass does each product twice: for the input and for the weight
         forward_flops_per_token=forward,
@@ -74,8 +76,10 @@ def _attention_matrices(layer: Layer, d_model: int) -> int:
     return d_model * layer.head_dim * (2 * layer.n_heads + 2 * layer.n_kv_heads)
 
 
-def _ffn_matrices(layer: Layer, d_model: int) -> int:
-    return (3 if layer.ffn == "swiglu" else 2) * d_model * layer.ffn_dim
+def _ffn_matrices(layer: Layer, model: Model, experts: int) -> int:
+    """Weights of a feed-forward part; of a mixture, those of so many of its experts and of the whole router."""
+    one = (3 if layer.ffn in GATED else 2) * model.d_model * layer.ffn_dim
+    return one if layer.ffn != "moe" else experts * one + model.n_experts * model.d_model
 
 
 def _train_memory(recipe: Recipe, params: int) -> float:
@@ -109,10 +113,21 @@ def activation_bytes_per_token(recipe: Recipe, size: int) -> float:
         heads = layer.n_heads + layer.n_kv_heads
         attention = (3 * query + 2 * key) * size + 4 * layer.n_heads  # query, two forms of the output, key, value, lse
         attention += 8 * (query + key) + 4 * heads if model.qk_norm else 0  # as for norms, but the output is the query
-        ffn = {"swiglu": 4, "gelu": 2, "relu2": 2}[layer.ffn] * layer.ffn_dim
-        total += 2 * norm + attention + ffn * size
+        ffn = (4 if layer.ffn in GATED else 2) * layer.ffn_dim * size
+        total += 2 * norm + attention + (ffn if layer.ffn != "moe" else _mixture_bytes_per_token(recipe, ffn, size))
     # The last norm, whose output is gone when the loss is there, and the gradient of the hidden state.
     return total + 8 * width + 4 + width * size
+
+
+def _mixture_bytes_per_token(recipe: Recipe, expert: int, size: int) -> float:
+    """What a mixture keeps. For each expert that is used: what happens in it, its input and output, its number and two
+    places in the sort, its probability before and after they are made to sum to one. Their sum; the probabilities of
+    all experts, once more for the balance, which also keeps the load of each sequence; and the router's input, which
+    is fp32."""
+    model = recipe.model
+    chosen = expert + 2 * model.d_model * size + 3 * 8 + 2 * 4
+    probabilities = 4 * model.n_experts * (2 + 1 / recipe.data.sequence_length if model.balance_loss else 1)
+    return model.n_active_experts * chosen + 4 + probabilities + (4 - size) * model.d_model
 
 
 @lru_cache(maxsize=4096)

@@ -25,7 +25,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
 from trainer.errors import CheckpointError, DataError, Diverged
 from trainer.gates import check_causality, check_floor
-from trainer.loss import linear_cross_entropy
+from trainer.loss import linear_cross_entropy, load_imbalance
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.optim import build_optimizer, set_learning_rate
 from trainer.recipe import Recipe
@@ -250,7 +250,8 @@ class _Run:
     def backward(self, count: int) -> torch.Tensor:
         """Accumulate the gradient of the mean loss over `count` samples; returns that loss, nats per token.
 
-        Every micro-batch is divided by the tokens of the whole batch, so its size changes nothing but memory.
+        Every micro-batch is divided by the tokens of the whole batch, so its size changes nothing but memory. What a
+        mixture of experts adds for its balance is in the gradient, not in that loss.
         """
         length = self.horizon.sequence_length
         micro = micro_batch_tokens(self.recipe) // length
@@ -258,11 +259,9 @@ class _Run:
         for start in range(0, count, micro):
             batch = torch.from_numpy(self.loader.batch(self.samples + start, min(micro, count - start)))
             batch = batch.to(self.device, non_blocking=True)
-            with autocast(self.recipe, self.device):
-                hidden = self.model.model(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
-                nats = linear_cross_entropy(hidden, self.model.lm_head.weight, batch[:, 1:].flatten())
+            nats, balance = training_loss(self.model, self.recipe, batch)
             loss = nats / (count * length)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if balance is None else loss + balance / count).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
@@ -297,10 +296,29 @@ class _Run:
         )
 
 
+def training_loss(
+    model: EvolmForCausalLM, recipe: Recipe, batch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What training makes small, for sequences of token ids (B, T+1): the cross-entropy in nats, summed over tokens,
+    and the weighted load-balancing loss, summed over sequences, or None."""
+    balanced = recipe.model.ffn == "moe" and recipe.model.balance_loss > 0
+    with autocast(recipe, batch.device):
+        output = model.model(batch[:, :-1], use_cache=False, output_router_logits=balanced)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        nats = linear_cross_entropy(hidden, model.lm_head.weight, batch[:, 1:].flatten())
+    if not balanced:
+        return nats, None
+    return nats, recipe.model.balance_loss * load_imbalance(output.router_logits, recipe.model.n_active_experts)
+
+
 def recipe_digest(recipe: Recipe) -> str:
     """Identifies what is trained: the recipe without its length and seed, which a run is given beside it, without the
-    names of its files, whose content has a digest of its own, and without what changes memory or scores alone."""
+    names of its files, whose content has a digest of its own, without what changes memory or scores alone, and without
+    what is said of experts where there are none."""
     values = recipe.model_dump(mode="json", exclude={"data": {"sources", "held_out"}})
+    if recipe.model.ffn != "moe":
+        experts = ("n_experts", "n_active_experts", "balance_loss")
+        values["model"] = {key: value for key, value in values["model"].items() if key not in experts}
     values["train"] = {
         key: value for key, value in values["train"].items() if key not in ("tokens", "seed", "micro_batch_tokens")
     }

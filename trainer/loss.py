@@ -1,4 +1,4 @@
-"""The training loss, without ever holding the logits of a whole batch.
+"""The training loss, without ever holding the logits of a whole batch, and what mixtures of experts add to it.
 
 The output head and the cross-entropy are one operation: a few rows of logits at a time are turned into their own
 gradient while they are still in the cache. For small models on a CPU this saves a quarter of the step, for large
@@ -7,6 +7,7 @@ vocabularies most of the memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ def token_nats(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
         picked = logits.gather(1, targets[start : start + rows, None])[:, 0]
         pieces.append(logits.logsumexp(dim=1) - picked)
     return torch.cat(pieces)
+
+
+def load_imbalance(router_logits: Sequence[torch.Tensor], active: int) -> torch.Tensor:
+    """How unevenly B sequences use the X experts, summed over sequences: the mean over layers of X * sum_i f_i p_i.
+
+    f_i is the share of a sequence's tokens that use expert i, p_i the mean of its probability (Fedus et al. 2021,
+    arXiv 2101.03961, equations 4 to 6); with `active` experts for each token it is `active` where the load is even, and
+    X where all tokens are sure of the same expert. Every sequence counts by itself: over a whole batch it would depend
+    on how the batch is divided into micro-batches. router_logits: one (B, T, X) for each layer.
+    """
+    probabilities = torch.stack(tuple(router_logits)).softmax(dim=-1)
+    with torch.no_grad():
+        chosen = probabilities.topk(active).indices
+        load = torch.zeros_like(probabilities).scatter_(-1, chosen, 1.0).mean(dim=2)
+    products = load * probabilities.mean(dim=2)
+    return products.shape[-1] * products.sum(dim=-1).mean(dim=0).sum()
 
 
 def _rows(hidden: torch.Tensor, weight: torch.Tensor) -> int:

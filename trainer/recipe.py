@@ -92,6 +92,9 @@ class Layer(NamedTuple):
 
 PerLayer = Positive | list[Positive]
 
+GATED = ("swiglu", "moe")
+"""Kinds of feed-forward part with a third matrix, the gate."""
+
 
 class Model(Section):
     """A decoder-only transformer: pre-norm RMSNorm blocks with rotary positions. Lists give one value per layer."""
@@ -101,9 +104,20 @@ class Model(Section):
     n_heads: PerLayer = Field(4, description="query heads")
     n_kv_heads: PerLayer | None = Field(None, description="key and value heads; as many as query heads when absent")
     head_dim: Positive | None = Field(None, description="d_model / n_heads when absent")
-    ffn: Literal["swiglu", "gelu", "relu2"] = Field("swiglu", description="kind of the feed-forward part")
+    ffn: Literal["swiglu", "gelu", "relu2", "moe"] = Field(
+        "swiglu", description="kind of the feed-forward part; moe is a mixture of experts, each a swiglu"
+    )
     ffn_dim: PerLayer | None = Field(
-        None, description="8/3 d_model for swiglu, otherwise 4 d_model, to a multiple of 32, when absent"
+        None,
+        description="hidden units, of each expert in moe; "
+        "8/3 d_model for swiglu and moe, otherwise 4 d_model, to a multiple of 32, when absent",
+    )
+    n_experts: int = Field(0, ge=0, description="experts of each mixture; 0 without one")
+    n_active_experts: int = Field(
+        2, gt=0, description="experts that each token uses; with 1, nothing but balance_loss trains the router"
+    )
+    balance_loss: float = Field(
+        0.01, ge=0, description="weight of the load-balancing loss, which training adds to its own"
     )
     qk_norm: bool = Field(True, description="RMSNorm of each query and key head")
     tie_embeddings: bool = Field(True, description="one matrix for input and output embeddings")
@@ -122,7 +136,7 @@ class Model(Section):
         ]
 
     def _default_ffn_dim(self) -> int:
-        width = (8 / 3 if self.ffn == "swiglu" else 4) * self.d_model
+        width = (8 / 3 if self.ffn in GATED else 4) * self.d_model
         return max(32, round(width / 32) * 32)
 
 
@@ -181,6 +195,8 @@ def incoherence(recipe: Recipe) -> str | None:
             return f"layer {index}: head_dim = {layer.head_dim} is odd, rotary positions need pairs"
     if model.head_dim is None and len({layer.head_dim for layer in model.layers()}) > 1:
         return "model.n_heads differs between layers, so model.head_dim must be given"
+    if words := _incoherent_experts(model):
+        return words
     if data.mix is not None:
         if strange := sorted(set(data.mix) - set(data.sources)):
             close = nearest(strange[0], data.sources)
@@ -195,6 +211,17 @@ def incoherence(recipe: Recipe) -> str | None:
     bad = [name for name in data.sources if not NAME.fullmatch(name)]
     if bad:
         return f"source name '{bad[0]}' must match {NAME.pattern}"
+    return None
+
+
+def _incoherent_experts(model: Model) -> str | None:
+    if model.ffn != "moe":
+        words = f"model.n_experts = {model.n_experts} goes with ffn 'moe', not '{model.ffn}'"
+        return words if model.n_experts else None
+    if model.n_experts < 2:
+        return f"model.n_experts = {model.n_experts} is too few for ffn 'moe', which takes at least 2"
+    if model.n_active_experts > model.n_experts:
+        return f"model.n_active_experts = {model.n_active_experts} is more than n_experts = {model.n_experts}"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evolm
@@ -57,6 +58,20 @@ def test_the_python_interface_loads_the_same_space(tmp_path: Path) -> None:
     assert isinstance(space, evolm.Space)
 
 
+def test_the_number_of_experts_sleeps_where_there_is_no_mixture(tmp_path: Path) -> None:
+    genes = """n_heads: 2, ffn: {choice: [swiglu, moe]},
+  n_experts: {choice: [4, 8], when: "model.ffn == 'moe'", default: 0}}"""
+    text = MINIMAL.replace("n_heads: 2}", genes) + 'constraints: ["active_params <= params"]\n'
+    space, rng = load_space(write(tmp_path, text)).space, np.random.default_rng(0)
+    drawn = [space.sample(rng) for _ in range(20)]
+    assert {(one.values()["model"]["ffn"], one.values()["model"]["n_experts"]) for one in drawn} == {
+        ("swiglu", 0),
+        ("moe", 4),
+        ("moe", 8),
+    }
+    assert all(space.violations(genome) == [] for genome in drawn)
+
+
 def test_exact_costs_constrain_a_space(tmp_path: Path) -> None:
     space = load_space(write(tmp_path, MINIMAL + 'constraints: ["params <= 1M", "train_memory <= 1GiB"]\n')).space
     assert space.violations(space.baseline) == []
@@ -89,7 +104,7 @@ sarch: 1
         "7:3: model.d_modl: unknown key 'd_modl' (did you mean 'd_model'?)",
         "8:13: model.n_layers: must be a whole number, is {\"flaot\": [2, 6]} (a gene? did you mean the kind 'float'?)",
         '9:12: model.n_heads: must be a whole number or a list, is "four"',
-        "10:8: model.ffn: must be one of swiglu, gelu, relu2, is \"relu3\" (did you mean 'relu2'?)",
+        "10:8: model.ffn: must be one of swiglu, gelu, relu2, moe, is \"relu3\" (did you mean 'relu2'?)",
         "11:24: train.learning_rate: must be <= 1, is 100.0",
         "12:15: constraints[0]: unknown name 'parms' (did you mean 'params'?)",
         "13:10: target.wbe: unknown domain 'wbe' (did you mean 'web'?)",

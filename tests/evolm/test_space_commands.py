@@ -165,9 +165,10 @@ def test_every_shipped_space_is_valid_and_names_the_schema(path: Path) -> None:
         ({"model": {"d_model": {"int": [1, 2], "step": 1, "log": True, "baseline": 1, "transfer": "width"}}}, True),
         ({"fidelity": {"tokens": ["2M", "32M"]}}, True),  # text to an editor
         ({"model": {"n_heads": {"list": {"choice": [2, 4]}, "length": "model.n_layers"}}}, True),
-        ({"model": {"n_experts": {"choice": [4, 8]}}}, False),
-        ({"model": {"n_experts": {"choice": [4, 8]}}, "trial": {"command": ["mine"]}}, True),
-        ({"model": {"n_experts": {"chioce": [4, 8]}}, "trial": {"command": "mine"}}, False),
+        ({"model": {"n_experts": {"choice": [4, 8], "when": "model.ffn == 'moe'", "default": 0}}}, True),
+        ({"model": {"experts": {"choice": [4, 8]}}}, False),
+        ({"model": {"experts": {"choice": [4, 8]}}, "trial": {"command": ["mine"]}}, True),
+        ({"model": {"experts": {"chioce": [4, 8]}}, "trial": {"command": "mine"}}, False),
         ({"model": {"d_model": {"int": [1, 2], "choice": [1]}}}, False),
         ({"model": {"d_model": {"int": [1, 2], "stpe": 1}}}, False),
         ({"model": {"d_model": {"int": [1, 2], "when": "true"}}}, False),

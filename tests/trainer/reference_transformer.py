@@ -8,10 +8,10 @@ import math
 import torch
 
 
-def reference_logits(weights, recipe, ids):
+def reference_logits(weights, recipe, ids, differentiable=False):
     """Logits (T, vocabulary) of one sequence of token ids (T), in float64."""
     model = recipe.model
-    weights = {name: tensor.detach().double() for name, tensor in weights.items()}
+    weights = {name: (tensor if differentiable else tensor.detach()).double() for name, tensor in weights.items()}
     x = weights["model.embed_tokens.weight"][ids]
     for index, shape in enumerate(model.layers()):
         block = {
@@ -20,7 +20,8 @@ def reference_logits(weights, recipe, ids):
             if name.startswith(f"model.layers.{index}.")
         }
         x = x + attention(rms_norm(x, block["input_layernorm.weight"], model.norm_eps), block, shape, model)
-        x = x + ffn(rms_norm(x, block["post_attention_layernorm.weight"], model.norm_eps), block, shape.ffn)
+        normed = rms_norm(x, block["post_attention_layernorm.weight"], model.norm_eps)
+        x = x + (mixture(normed, block, model) if shape.ffn == "moe" else ffn(normed, block, shape.ffn))
     x = rms_norm(x, weights["model.norm.weight"], model.norm_eps)
     head = weights["model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"]
     return x @ head.T
@@ -74,3 +75,18 @@ def ffn(x, block, kind):
     else:
         hidden = up.clamp(min=0) ** 2
     return hidden @ block["mlp.down_proj.weight"].T
+
+
+def mixture(x, block, model):
+    """Token by token and expert by expert: the likeliest experts, weighted by their share of those probabilities."""
+    rows = []
+    for token in x:
+        odds = (block["mlp.gate.weight"] @ token).exp()
+        chosen = sorted(range(model.n_experts), key=lambda expert: -odds[expert])[: model.n_active_experts]
+        row = torch.zeros_like(token)
+        for expert in chosen:
+            gate, up = (block["mlp.experts.gate_up_proj"][expert] @ token).chunk(2)
+            hidden = gate / (1 + (-gate).exp()) * up
+            row += odds[expert] / sum(odds[chosen]) * (block["mlp.experts.down_proj"][expert] @ hidden)
+        rows.append(row)
+    return torch.stack(rows)

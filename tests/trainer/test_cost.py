@@ -22,9 +22,9 @@ from trainer.cost import (
     exact_functions,
     micro_batch_tokens,
 )
-from trainer.loop import autocast
-from trainer.loss import linear_cross_entropy
+from trainer.loop import training_loss
 from trainer.model import build_model
+from trainer.model.modeling_evolm import EvolmExperts
 from trainer.optim import build_optimizer
 
 SHAPES = {
@@ -35,6 +35,9 @@ SHAPES = {
     "per layer": {"n_heads": [4, 2], "n_kv_heads": [2, 1], "ffn_dim": [48, 96], "head_dim": 8},
     "gelu": {"ffn": "gelu"},
     "relu2": {"ffn": "relu2"},
+    "moe": {"ffn": "moe", "n_experts": 4},
+    "moe, three of five, per layer": {"ffn": "moe", "n_experts": 5, "n_active_experts": 3, "ffn_dim": [48, 96]},
+    "moe without balance": {"ffn": "moe", "n_experts": 2, "n_active_experts": 1, "balance_loss": 0.0},
     "no qk-norm": {"qk_norm": False},
     "untied": {"tie_embeddings": False},
 }
@@ -53,7 +56,12 @@ def shapes(draw):
         "n_heads": [heads * group for heads, group in zip(kv_heads, groups, strict=True)],
         "n_kv_heads": kv_heads,
         "head_dim": 2 * draw(st.integers(1, 16)),
-        "ffn": draw(st.sampled_from(["swiglu", "gelu", "relu2"])),
+        **draw(
+            st.sampled_from([{"ffn": "swiglu"}, {"ffn": "gelu"}, {"ffn": "relu2"}])
+            | st.fixed_dictionaries(
+                {"ffn": st.just("moe"), "n_experts": st.integers(4, 8), "n_active_experts": st.integers(1, 4)}
+            )
+        ),
         "ffn_dim": draw(st.none() | st.lists(st.integers(1, 90), min_size=layers, max_size=layers)),
         "qk_norm": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
@@ -64,15 +72,9 @@ any_shape = settings(derandomize=True, deadline=None, max_examples=20)
 
 
 def random_ids(recipe, rows):
-    shape = rows, recipe.data.sequence_length
+    """Sequences of one token more than the model reads."""
+    shape = rows, recipe.data.sequence_length + 1
     return torch.randint(recipe.data.tokenizer.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-
-
-def training_loss(model, recipe, ids):
-    """The loss as the training loop computes it."""
-    with autocast(recipe, torch.device("cpu")):
-        hidden = model.model(ids).last_hidden_state.flatten(0, 1)
-        return linear_cross_entropy(hidden, model.lm_head.weight, ids.flatten())
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -84,7 +86,11 @@ def test_parameters_are_those_of_the_model(recipe_of, shape):
     recipe = recipe_of(model=shape)
     model = build_model(recipe, 0)
     found = costs(recipe)
-    assert found.params == found.active_params == sum(parameter.numel() for parameter in model.parameters())
+    assert found.params == sum(parameter.numel() for parameter in model.parameters())
+    experts = [module for module in model.modules() if isinstance(module, EvolmExperts)]
+    unused = sum(expert.numel() for module in experts for stack in module.parameters() for expert in stack)
+    unused = unused * (recipe.model.n_experts - recipe.model.n_active_experts) // max(1, recipe.model.n_experts)
+    assert found.active_params == found.params - unused
     embeddings = {id(module.weight): module.weight.numel() for module in (model.model.embed_tokens, model.lm_head)}
     assert found.embedding_params == sum(embeddings.values())
 
@@ -94,7 +100,7 @@ def test_parameters_are_those_of_the_model(recipe_of, shape):
 
 def flops_per_token(recipe, run):
     """What torch counts while `run(model, ids)` runs, with attention written out: the fused kernel is not counted."""
-    model, ids = build_model(recipe, 0), random_ids(recipe, rows=2)
+    model, ids = build_model(recipe, 0), random_ids(recipe, rows=2)[:, 1:]
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         run(model, ids)
@@ -134,7 +140,8 @@ def bytes_kept(recipe, rows):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        training_loss(model, recipe, ids)
+        held = training_loss(model, recipe, ids)
+    assert held[0] > 0
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -151,10 +158,10 @@ def test_activation_memory_in_fp32_is_what_autograd_keeps(recipe_of, shape):
 
 
 @every_shape
-def test_each_further_token_in_fp32_takes_what_the_formula_says_and_its_id(recipe_of, shape):
+def test_each_further_token_in_fp32_takes_what_the_formula_says_and_its_ids(recipe_of, shape):
     recipe = recipe_of(model=shape)
     per_token = (bytes_kept(recipe, rows=6) - bytes_kept(recipe, rows=2)) / (4 * 32)
-    assert per_token == activation_bytes_per_token(recipe, 4) + 8
+    assert per_token == activation_bytes_per_token(recipe, 4) + 8 * 33 / 32  # what is read and what is to be said
 
 
 @every_shape
@@ -188,7 +195,7 @@ def test_smaller_micro_batches_and_bf16_need_less_memory(recipe_of):
 @torch.no_grad()
 def test_kv_bytes_are_those_of_the_cache_in_bf16(recipe_of, shape):
     recipe = recipe_of(model=shape)
-    model, ids = build_model(recipe, 0).to(torch.bfloat16), random_ids(recipe, rows=3)
+    model, ids = build_model(recipe, 0).to(torch.bfloat16), random_ids(recipe, rows=3)[:, 1:]
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache, use_cache=True)
     kept = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
@@ -200,7 +207,7 @@ def test_checkpoint_bytes_are_those_of_its_tensors(recipe_of, shape, tmp_path):
     recipe = recipe_of(model=shape)
     model = build_model(recipe, 0)
     optimizer = build_optimizer(model, recipe.train)
-    training_loss(model, recipe, random_ids(recipe, rows=1)).backward()
+    training_loss(model, recipe, random_ids(recipe, rows=1))[0].backward()
     optimizer.step()
     state = RunState(samples=1, recipe="r", tokenizer="t", corpus="c", seed=0, horizon=None, seconds=0.0, flops=0.0)
     save_checkpoint(tmp_path / "checkpoint", model, optimizer, state)

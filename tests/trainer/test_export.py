@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_spaces.errors import UsageError
@@ -20,8 +21,13 @@ from trainer.loop import train
 SHAPES = {
     "qwen3": {},
     "llama": {"qk_norm": False, "tie_embeddings": False},
+    "mixtral": {"ffn": "moe", "n_experts": 4, "qk_norm": False},
+    "moe": {"ffn": "moe", "n_experts": 4, "ffn_dim": [32, 64], "n_active_experts": 3},
     "evolm": {"n_heads": [4, 2], "n_kv_heads": [2, 1], "head_dim": 8, "ffn_dim": [48, 96], "ffn": "relu2"},
 }
+
+OWN = ("evolm", "moe")
+"""Those that no stock class knows."""
 
 LOADER = """
 import json, sys
@@ -90,6 +96,8 @@ def change_config(folder, **values):
     [
         ("qwen3", "Qwen3ForCausalLM", "stock"),
         ("llama", "LlamaForCausalLM", "stock"),
+        ("mixtral", "MixtralForCausalLM", "stock"),
+        ("moe", "EvolmForCausalLM", "evolm"),
         ("evolm", "EvolmForCausalLM", "evolm"),
     ],
 )
@@ -102,8 +110,8 @@ def test_a_stock_class_is_chosen_where_there_is_one(exported, name, kind, tier):
 @every_shape
 def test_only_our_own_class_brings_code(exported, name):
     code = sorted(path.name for path in (exported[0] / name).glob("*.py"))
-    assert code == (["configuration_evolm.py", "modeling_evolm.py"] if name == "evolm" else [])
-    assert ("auto_map" in json.loads((exported[0] / name / "config.json").read_text())) is (name == "evolm")
+    assert code == (["configuration_evolm.py", "modeling_evolm.py"] if name in OWN else [])
+    assert ("auto_map" in json.loads((exported[0] / name / "config.json").read_text())) is (name in OWN)
 
 
 @every_shape
@@ -204,6 +212,17 @@ def swap_norms(weights):
     weights[one], weights[other] = weights[other], weights[one]
 
 
+def swap_experts(weights):
+    for matrix in ("w1", "w2", "w3"):
+        one, other = (f"model.layers.1.block_sparse_moe.experts.{index}.{matrix}.weight" for index in (0, 3))
+        weights[one], weights[other] = weights[other], weights[one]
+
+
+def swap_gates(weights):
+    one, other = (f"model.layers.1.block_sparse_moe.experts.2.{matrix}.weight" for matrix in ("w1", "w3"))
+    weights[one], weights[other] = weights[other], weights[one]
+
+
 def round_to_bf16(weights):
     for name in weights:
         weights[name] = weights[name].bfloat16().float()
@@ -211,13 +230,28 @@ def round_to_bf16(weights):
 
 @pytest.mark.parametrize("change", [permute_rows, swap_norms, round_to_bf16])
 def test_weights_that_are_not_those_that_were_trained_are_seen(trained, folder, change):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     with pytest.raises(ParityError):
         check_parity(trained["qwen3"], folder)
+
+
+@pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
+@pytest.mark.parametrize("change", [swap_experts, swap_gates])
+def test_experts_that_are_not_those_that_were_trained_are_seen(trained, folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ParityError):
+        check_parity(trained["mixtral"], folder)
+
+
+@pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
+def test_another_number_of_experts_for_each_token_is_seen(trained, folder):
+    change_config(folder, num_experts_per_tok=3)
+    with pytest.raises(ParityError):
+        check_parity(trained["mixtral"], folder)
 
 
 def test_a_model_that_was_trained_on_is_another(trained, folder):
@@ -273,9 +307,16 @@ def elsewhere(exported, tmp_path_factory):
     ("name", "remote", "kind", "module"),
     [
         ("qwen3", "", "Qwen3ForCausalLM", "transformers.models.qwen3.modeling_qwen3"),
+        ("mixtral", "", "MixtralForCausalLM", "transformers.models.mixtral.modeling_mixtral"),
         ("evolm", "remote", "EvolmForCausalLM", "transformers_modules."),
+        ("moe", "remote", "EvolmForCausalLM", "transformers_modules."),
     ],
-    ids=["stock class", "our class by the code in the folder"],
+    ids=[
+        "stock class",
+        "stock mixture",
+        "our class by the code in the folder",
+        "our mixture by the code in the folder",
+    ],
 )
 @torch.no_grad()
 def test_others_load_the_same_model_without_our_packages(trained, corpus, elsewhere, name, remote, kind, module):

@@ -8,7 +8,7 @@ import torch
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.errors import DataError, Diverged
-from trainer.loop import Checkpoints, train
+from trainer.loop import Checkpoints, recipe_digest, train
 
 STEP = 128
 """Tokens of one step of the tiny recipe: four sequences of 32."""
@@ -65,8 +65,9 @@ def test_more_tokens_give_a_lower_loss(run, recipe):
         {"n_layers": 1, "n_heads": 1},
         {"n_heads": [4, 2], "n_kv_heads": [1, 2], "head_dim": 8, "ffn_dim": [32, 64], "ffn": "relu2"},
         {"ffn": "gelu", "tie_embeddings": False, "qk_norm": False},
+        {"ffn": "moe", "n_experts": 4},
     ],
-    ids=["one layer", "per layer", "untied"],
+    ids=["one layer", "per layer", "untied", "moe"],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_shape_learns_in_every_precision(run, recipe_of, model, precision):
@@ -111,6 +112,17 @@ def test_the_seed_of_the_recipe_is_used_where_none_is_given(run, recipe_of):
     in_recipe, _ = run(recipe_of(train={"seed": 5}))
     given, _ = run(recipe_of(train={"seed": 9}), seed=5)
     assert torch.equal(weights(in_recipe), weights(given))
+
+
+# --- what a run is known by -------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_experts_counts_where_there_are_some(recipe_of):
+    said = {"n_active_experts": 1, "balance_loss": 0.5}
+    assert recipe_digest(recipe_of(model=said)) == recipe_digest(recipe_of())
+    mixture = {"ffn": "moe", "n_experts": 4}
+    changes = [{}, {"n_experts": 8}, *({key: value} for key, value in said.items())]
+    assert len({recipe_digest(recipe_of(model={**mixture, **change})) for change in changes}) == 4
 
 
 # --- accumulation -----------------------------------------------------------------------------------------------------

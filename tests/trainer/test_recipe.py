@@ -71,6 +71,8 @@ def test_a_whole_number_is_a_number():
         ("data", "sequence_length", 8, 7),
         ("model", "n_layers", 1, 0),
         ("model", "d_model", 8, 0),
+        ("model", "n_active_experts", 1, 0),
+        ("model", "balance_loss", 0, -0.1),
         ("train", "learning_rate", 1, 1.001),
         ("train", "beta1", 0, 1),
         ("train", "beta2", 0.999999, 1),
@@ -122,6 +124,7 @@ def test_without_kv_heads_every_head_has_its_own():
         ("swiglu", 256, 672),
         ("gelu", 256, 1024),
         ("relu2", 256, 1024),
+        ("moe", 256, 672),
         ("swiglu", 96, 256),
         ("swiglu", 128, 352),
         ("swiglu", 4, 32),
@@ -183,6 +186,31 @@ def test_heads_that_differ_between_layers_need_a_size():
 )
 def test_the_mix_names_the_sources(mix, words):
     assert words in refusal(data={"mix": mix})
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"ffn": "moe"}, "model.n_experts = 0 is too few for ffn 'moe', which takes at least 2"),
+        ({"ffn": "moe", "n_experts": 1}, "model.n_experts = 1 is too few for ffn 'moe', which takes at least 2"),
+        ({"n_experts": 4}, "model.n_experts = 4 goes with ffn 'moe', not 'swiglu'"),
+        (
+            {"ffn": "moe", "n_experts": 2, "n_active_experts": 3},
+            "model.n_active_experts = 3 is more than n_experts = 2",
+        ),
+    ],
+)
+def test_experts_and_the_mixture_go_together(model, words):
+    assert refusal(model=model) == words
+
+
+@pytest.mark.parametrize(("experts", "active"), [(2, 2), (2, 1), (64, 8)])
+def test_mixtures_that_are_legal(experts, active):
+    assert recipe(model={"ffn": "moe", "n_experts": experts, "n_active_experts": active}).model.n_experts == experts
+
+
+def test_without_a_mixture_the_number_of_active_experts_means_nothing():
+    assert recipe(model={"n_active_experts": 9}).model.n_experts == 0
 
 
 def test_some_source_has_a_weight():

@@ -78,7 +78,7 @@ def test_a_field_of_the_wrong_type_or_range(sections, path, words):
 def test_a_value_of_a_few_gets_the_nearest():
     assert only(model={"ffn": "swigul"}) == (
         ("model", "ffn"),
-        'must be one of swiglu, gelu, relu2, is "swigul"',
+        'must be one of swiglu, gelu, relu2, moe, is "swigul"',
         "did you mean 'swiglu'?",
     )
     assert only(train={"optimizer": "muon"}) == (("train", "optimizer"), 'must be one of adamw, is "muon"', None)
@@ -102,7 +102,7 @@ def test_a_long_value_is_cut():
 
 
 def test_everything_is_found_at_once():
-    found = check({"data": {"sources": {"web": {}}}, "model": {"ffn": "moe", "d_modle": 1}, "train": {"seed": "a"}})
+    found = check({"data": {"sources": {"web": {}}}, "model": {"ffn": "mlp", "d_modle": 1}, "train": {"seed": "a"}})
     assert {path for path, _, _ in found} == {
         ("data", "sources", "web", "path"),
         ("model", "ffn"),

@@ -347,13 +347,13 @@ def test_exporting_leaves_the_global_random_state_alone(recipe, corpus, tmp_path
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ffn", ["swiglu", "gelu"])
-def test_each_further_token_in_bf16_takes_what_the_formula_says_and_its_id(recipe_of, ffn):
+@pytest.mark.parametrize("ffn", [{"ffn": "swiglu"}, {"ffn": "gelu"}, {"ffn": "moe", "n_experts": 4}], ids=str)
+def test_each_further_token_in_bf16_takes_what_the_formula_says_and_its_ids(recipe_of, ffn):
     from test_cost import bytes_kept
 
-    recipe = recipe_of(model={"ffn": ffn}, train={"precision": "bf16"})
+    recipe = recipe_of(model=ffn, train={"precision": "bf16"})
     per_token = (bytes_kept(recipe, rows=6) - bytes_kept(recipe, rows=2)) / (4 * 32)
-    assert per_token == activation_bytes_per_token(recipe, 2) + 8
+    assert per_token == activation_bytes_per_token(recipe, 2) + 8 * 33 / 32
 
 
 # --- interrupted and foreign ------------------------------------------------------------------------------------------

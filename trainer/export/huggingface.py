@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from search_spaces.errors import UsageError
 from trainer.data.tokenizer import BOS, EOS, PAD, Tokenizer
-from trainer.export.lower import lower
+from trainer.export.lower import lower, published_weights
 from trainer.export.parity import check_parity
 from trainer.model import EvolmForCausalLM, configuration_evolm, modeling_evolm
 from trainer.recipe import SPECIAL_TOKENS
@@ -79,7 +79,7 @@ def _write_model(model: PreTrainedModel, folder: Path, *, remote_code: bool) -> 
             shutil.copyfile(source, folder / source.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items() if name not in tied}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in published_weights(model).items() if name not in tied}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(
         0o644

@@ -1,10 +1,12 @@
 """Lowering: a genome that says no more than a stock class can say is exported as that class.
 
 Stock classes need no code of ours and are the ones that serving engines know best. Weight names are shared with the
-Llama family, so lowering copies a configuration, never a tensor's content.
+Llama family, so lowering copies a configuration, never a tensor's content. Files of Mixtral alone name their weights
+otherwise than the class does, and hold its experts one by one: `published_weights` takes the stacks apart.
 
     swiglu, layers alike, no qk-norm    LlamaForCausalLM
     swiglu, layers alike, qk-norm       Qwen3ForCausalLM
+    moe, layers alike, no qk-norm       MixtralForCausalLM
     anything else                       EvolmForCausalLM, with its modelling files
 """
 
@@ -13,16 +15,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from trainer.model import EvolmConfig, EvolmForCausalLM
 
 
 def stock_class(config: EvolmConfig) -> tuple[type[PreTrainedModel], Any] | None:
     """The stock class and its configuration that compute the same function, or None when there is none."""
-    if config.is_heterogeneous or config.ffn != "swiglu":
+    if config.is_heterogeneous or config.ffn not in ("swiglu", "moe") or (config.ffn == "moe" and config.qk_norm):
         return None
-    if not config.qk_norm and config.hidden_size % config.num_attention_heads:
+    if config.ffn == "swiglu" and not config.qk_norm and config.hidden_size % config.num_attention_heads:
         return None  # LlamaConfig refuses it, whatever the head size
     shared = {
         "vocab_size": config.vocab_size,
@@ -42,6 +52,9 @@ def stock_class(config: EvolmConfig) -> tuple[type[PreTrainedModel], Any] | None
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
     }
+    if config.ffn == "moe":
+        experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+        return MixtralForCausalLM, MixtralConfig(**shared, **experts)
     if config.qk_norm:
         return Qwen3ForCausalLM, Qwen3Config(**shared)
     return LlamaForCausalLM, LlamaConfig(**shared)
@@ -58,3 +71,24 @@ def lower(model: EvolmForCausalLM) -> PreTrainedModel:
         lowered = kind._from_config(config, dtype=torch.float32)
     lowered.load_state_dict(model.state_dict(), strict=True)
     return lowered.eval()
+
+
+def published_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights under the names that files of the model's class carry."""
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    if not isinstance(model, MixtralForCausalLM):
+        return weights
+    published = {}
+    for name, tensor in weights.items():
+        layer, _, part = name.partition(".mlp.experts.")
+        if part == "gate_up_proj":
+            stacks = dict(zip(("w1", "w3"), tensor.chunk(2, dim=1), strict=True))
+        elif part == "down_proj":
+            stacks = {"w2": tensor}
+        else:
+            stacks = {}
+            published[name.replace(".mlp.", ".block_sparse_moe.")] = tensor
+        for matrix, stack in stacks.items():
+            for index, expert in enumerate(stack):
+                published[f"{layer}.block_sparse_moe.experts.{index}.{matrix}.weight"] = expert.clone()
+    return published

@@ -37,6 +37,8 @@ def config_of(recipe: Recipe) -> EvolmConfig:
         head_dim=first.head_dim,
         intermediate_size=first.ffn_dim,
         ffn=model.ffn,
+        num_experts=model.n_experts,
+        num_experts_per_tok=model.n_active_experts,
         qk_norm=model.qk_norm,
         rms_norm_eps=model.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},

@@ -12,7 +12,10 @@ class EvolmConfig(PreTrainedConfig):
     to the attributes (`num_attention_heads`, `num_key_value_heads`, `intermediate_size`) that differ there.
 
     Args:
-        ffn: `swiglu` (gated, three matrices), `gelu` or `relu2` (two matrices).
+        ffn: `swiglu` (gated, three matrices), `gelu` or `relu2` (two matrices), `moe` (a mixture of experts, each a
+            `swiglu` of `intermediate_size`).
+        num_experts: Experts of each mixture.
+        num_experts_per_tok: Experts that each token uses.
         qk_norm: RMSNorm over each query and key head before the rotary embedding.
         rope_parameters: `rope_theta`, the base of the rotary frequencies.
     """
@@ -28,6 +31,8 @@ class EvolmConfig(PreTrainedConfig):
     head_dim: int = 64
     intermediate_size: int = 704
     ffn: str = "swiglu"
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
     qk_norm: bool = True
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] | None = None

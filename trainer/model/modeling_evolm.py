@@ -7,7 +7,8 @@ copying tensors.
 Serving engines read this source, not only run it: the attention call must stay one plain call of a local name obtained
 from `ALL_ATTENTION_FUNCTIONS.get_interface`, with `self` first and `scaling=self.scaling`.
 
-Shapes: B sequences, T tokens, D = hidden_size, H query heads, K key-value heads, E = head_dim, F = intermediate_size.
+Shapes: B sequences, T tokens, D = hidden_size, H query heads, K key-value heads, E = head_dim, F = intermediate_size,
+X experts, of which each token uses A.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -166,13 +167,75 @@ class EvolmMLP(nn.Module):
         return self.down_proj(hidden)
 
 
+class EvolmRouter(nn.Module):
+    """How much each token likes each expert: (B, T, D) -> logits (B, T, X), in fp32 whatever the precision around."""
+
+    def __init__(self, config: EvolmConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.float(), self.weight.float())
+
+
+class EvolmExperts(nn.Module):
+    """X swiglu networks of F hidden units, their weights stacked; the gate's rows come before those of `up`."""
+
+    def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
+        super().__init__()
+        size, width = config.hidden_size, config.per_layer_config[layer_idx].intermediate_size
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, width))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens (N, D), the experts of each (N, A) and their weights (N, A) -> weighted sums (N, D).
+
+        Tokens are sorted by expert, so that each expert is one product of matrices; none is left out.
+        """
+        count, active = top_k_index.shape
+        chosen = top_k_index.flatten()
+        order = chosen.argsort(stable=True)
+        loads = chosen.bincount(minlength=self.num_experts).tolist()
+        parts = hidden_states.index_select(0, order // active).split(loads)
+        outputs = []
+        # `unbind` and not an index: its backward pass builds the gradient of all experts once, not once for each.
+        for part, gate_up, down in zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
+            gate, up = functional.linear(part, gate_up).chunk(2, dim=-1)
+            outputs.append(functional.linear(functional.silu(gate) * up, down))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        output = torch.cat(outputs).index_select(0, place).view(count, active, -1)
+        return (output * top_k_weights.unsqueeze(-1)).sum(dim=1).to(output.dtype)
+
+
+class EvolmMixture(nn.Module):
+    """A mixture of experts: the A likeliest of X for each token, weighted by their probabilities, which are made to sum
+    to one (Jiang et al. 2024, arXiv 2401.04088, section 2.1)."""
+
+    def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.gate = EvolmRouter(config)
+        self.experts = EvolmExperts(config, layer_idx)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        weights, chosen = self.gate(x).flatten(0, 1).softmax(dim=-1).topk(self.top_k)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return self.experts(x.flatten(0, 1), chosen, weights).view_as(x)
+
+
 class EvolmDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm x), then x + mlp(norm x)."""
 
     def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = EvolmAttention(config, layer_idx)
-        self.mlp = EvolmMLP(config, layer_idx)
+        self.mlp = EvolmMixture(config, layer_idx) if config.ffn == "moe" else EvolmMLP(config, layer_idx)
         self.input_layernorm = EvolmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = EvolmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -195,17 +258,24 @@ class EvolmPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": EvolmDecoderLayer, "attentions": EvolmAttention}
+    _can_record_outputs = {
+        "hidden_states": EvolmDecoderLayer,
+        "attentions": EvolmAttention,
+        "router_logits": EvolmRouter,
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal with std `initializer_range`; what writes to the residual stream is scaled by 1/sqrt(2 layers)
         (GPT-2)."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            if getattr(module, "writes_to_residual", False):
-                std = std / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.weight, mean=0.0, std=std)
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        if isinstance(module, nn.Linear | nn.Embedding | EvolmRouter):
+            residual = getattr(module, "writes_to_residual", False)
+            init.normal_(module.weight, mean=0.0, std=residual_std if residual else std)
+        elif isinstance(module, EvolmExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=residual_std)
         elif isinstance(module, EvolmRMSNorm):
             init.ones_(module.weight)
 
@@ -232,8 +302,11 @@ class EvolmModel(EvolmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Token ids (B, T) or embeddings (B, T, D) -> hidden states (B, T, D) after the final norm."""
+    ) -> MoeModelOutputWithPast:
+        """Token ids (B, T) or embeddings (B, T, D) -> hidden states (B, T, D) after the final norm.
+
+        With `output_router_logits=True`, also `router_logits`: one (B, T, X) for each mixture.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -260,7 +333,7 @@ class EvolmModel(EvolmPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
