@@ -9,18 +9,15 @@ repair draws anew when it fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from search_spaces.errors import Path
 from search_spaces.evaluation import Call, ExpressionError, Lookup, Node, Operation, Walker
 from search_spaces.expressions import Expression
-from search_spaces.genes import Gene, Rng, inherited
-from search_spaces.genome import Genome, get
-from search_spaces.tree import lookup_in
-
-if TYPE_CHECKING:
-    from search_spaces.space import Space
+from search_spaces.genes import Choose, Gene, Rng, inherited
+from search_spaces.genome import Genome, Values, get
+from search_spaces.tree import Constraint, Exact, lookup_in
 
 MAX_CANDIDATES = 400
 """Genomes that one repair looks at."""
@@ -31,6 +28,21 @@ NOT_A_RECIPE = 1e3
 _COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 
 Shortfall = float | list[float]
+
+
+class Space(Protocol):
+    """What a repair has to know of a space."""
+
+    constraints: tuple[Constraint, ...]
+    exact: Exact
+    rule: Callable[[Values], str | None] | None
+    defaults: Mapping[str, Any]
+
+    def active(self, values: Values) -> list[Gene]:
+        """The genes that have a say in a genome."""
+
+    def fill(self, choose: Choose) -> Genome:
+        """The genome in which every active gene has the value that `choose` gives for it."""
 
 
 def shortfall(expression: Expression, lookup: Lookup) -> float:
