@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_spaces.errors import Problems
-from search_spaces.genes import reflect, rounded
+from search_spaces.genes.numbers import reflect, rounded
 from search_spaces.genome import canonical_json
 from search_spaces.reading import read_gene
 from search_spaces.space import lookup_in
