@@ -62,7 +62,9 @@ def _without_genes(node: Any, path: KeyPath, genes: list[Gene]) -> Any:
     for key, value in node.items():
         here = (*path, key)
         if is_gene(value):
-            gene = read_gene(value, here, Problems())
+            # A condition without a default is told by the reader; it has no value to be checked here.
+            known = {k: v for k, v in value.items() if k != "when" or "default" in value}
+            gene = read_gene(known, here, Problems())
             genes += [gene] if gene is not None else []
         elif not is_derived(value):
             plain[key] = _without_genes(value, here, genes)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from search_spaces.errors import Path, Problem, Problems, SpaceError, dotted
 from search_spaces.evaluation import ExpressionError, Lookup
 from search_spaces.expressions import Expression
-from search_spaces.genes import Choose, Gene, Rng, inherited
+from search_spaces.genes import Choose, Gene, ListGene, Rng, inherited
 from search_spaces.genome import Genome, Values, canonical_json, get, leaves, shown
 from search_spaces.reading import MAX_NODES
 from search_spaces.repair import repaired
@@ -288,6 +288,8 @@ class Space:
                 if complete:
                     problems.add((*path, *gene.path), "is missing")
                 return gene.fit(gene.baseline, None)
+            if isinstance(gene, ListGene) and not isinstance(value, list) and gene.item.problem(value) is None:
+                return gene.normal([value] * gene.count)  # one value for all, as everywhere in a recipe
             if words := gene.problem(value):
                 problems.add((*path, *gene.path), words, value=value)
                 return gene.fit(gene.baseline, None)

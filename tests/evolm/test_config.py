@@ -192,3 +192,17 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"missing\.yaml: no such file"):
         load_space(tmp_path / "missing.yaml")
+
+
+def test_a_known_recipe_may_give_one_value_for_all_layers(tmp_path: Path) -> None:
+    text = MINIMAL.replace(
+        "n_heads: 2}", "n_heads: 2, n_layers: 3, ffn_dim: {list: {int: [32, 64], step: 32}, length: 3}}"
+    )
+    space = load_space(write(tmp_path, text + "baselines: [{model: {ffn_dim: 64}}]\n")).space
+    assert space.baselines[0].values()["model"]["ffn_dim"] == [64, 64, 64]
+
+
+def test_a_condition_without_a_default_is_told_once(tmp_path: Path) -> None:
+    text = MINIMAL.replace("n_heads: 2}", "n_heads: 2, n_layers: {int: [2, 4], when: 'model.d_model == 32'}}")
+    (found,) = problems(tmp_path, text)
+    assert "has `when` but no `default`" in found
