@@ -66,7 +66,7 @@ def load_space(path: Path) -> SpaceFile:
     values = document.value
     name = _header(values, path, (*HEADER, EXTENDS, *SECTIONS, *SETTINGS), problems)
     recipe = {section: values[section] for section in SECTIONS if section in values}
-    own = "trial" not in values  # somebody else's trainer has recipes of its own
+    own = values.get("trial") is None  # somebody else's trainer has recipes of its own
     space = Space.read(
         recipe,
         _listed(values, "constraints", str),
@@ -114,7 +114,7 @@ def _header(values: Values, path: Path, known: tuple[str, ...], problems: Proble
                 problems.add((key,), f"`{key}` belongs to a search, a recipe has none", help="use `evolm search`")
             else:
                 problems.unknown((key,), key, known)
-    if values.get("version") != 1:
+    if values.get("version") != 1 or isinstance(values["version"], bool):
         seen = values.get("version", "missing")
         problems.add(("version",), f"must be 1, is {seen}", value=seen, help="write `version: 1`")
     name = values.get("name", path.stem)
@@ -124,9 +124,9 @@ def _header(values: Values, path: Path, known: tuple[str, ...], problems: Proble
 
 
 def _listed(values: Values, key: str, kind: type) -> list[Any]:
-    """The items of a list, of what it holds of the right kind; the schema of the settings tells of the rest."""
+    """The items of a list that holds nothing else; the schema of the settings tells of all others."""
     given = values.get(key)
-    return [item for item in given if isinstance(item, kind)] if isinstance(given, list) else []
+    return given if isinstance(given, list) and all(isinstance(item, kind) for item in given) else []
 
 
 def _settings(values: Values, problems: Problems, own: bool) -> Settings | None:

@@ -27,6 +27,7 @@ def space_schema() -> Schema:
     definitions = {name: _with_genes(one) for name, one in recipe["$defs"].items()}
     definitions |= {name: _with_suffixes(one) for name, one in settings["$defs"].items()}
     sections = {name: _gene_or(_with_suffixes(recipe["properties"][name])) for name in SECTIONS}
+    asked = {name: _with_suffixes(one) for name, one in settings["properties"].items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "evolm space",
@@ -40,12 +41,14 @@ def space_schema() -> Schema:
                 "description": "the file's name when absent",
             },
             EXTENDS: {"type": "string", "description": "space file that this one is merged on top of"},
-            **{name: {"type": "object"} for name in SECTIONS},
-            **{name: _with_suffixes(one) for name, one in settings["properties"].items()},
+            **{name: {} for name in (*SECTIONS, *settings["properties"])},
         },
-        "if": {"required": ["trial"]},
-        "else": {"properties": sections},  # somebody else's trainer has keys of its own
-        "required": ["version"],
+        "allOf": [
+            # A file on top of another one says only what it changes, and null takes away.
+            {"if": {"required": [EXTENDS]}, "else": {"properties": asked, "required": ["version"]}},
+            # Somebody else's trainer has keys of its own.
+            {"if": {"anyOf": [{"required": [EXTENDS]}, {"required": ["trial"]}]}, "else": {"properties": sections}},
+        ],
         "additionalProperties": False,
         "$defs": {**gene_schemas(), **definitions},
     }

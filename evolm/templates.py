@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,7 @@ def write_template(name: str, out: Path) -> None:
     text = shipped.replace(f"search_spaces/{TEMPLATES[name]}", str(out))
     try:
         with out.open("x", encoding="utf-8") as file:
-            file.write(re.sub(r"(?m)^name: .*$", f"name: {_name_of(out)}", text, count=1))
+            file.write(re.sub(r"(?m)^name: .*$", f"name: {json.dumps(_name_of(out))}", text, count=1))
     except FileExistsError:
         raise UsageError(f"{out}: exists already; name another file, or remove it") from None
     except OSError as error:

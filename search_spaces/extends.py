@@ -60,13 +60,16 @@ def read_layers(path: FilePath) -> Document:
     """Read a space file and all that it extends. Raises UsageError and SpaceError as `read_yaml` does, and SpaceError
     for circles."""
     layers = [read_yaml(path)]
-    seen = [path.resolve()]
+    seen = [path.resolve()]  # read already, so it has a place
     while KEY in layers[-1].value:
         last = layers[-1]
         name = last.value[KEY]
         if not isinstance(name, str) or not name:
             raise _refused(last, "must be the path of a space file", name)
-        base = (seen[-1].parent / name).resolve()
+        try:
+            base = (seen[-1].parent / name).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a name that no path can have
+            raise _refused(last, f"cannot be followed: {error}", name) from None
         if base in seen:
             way = " -> ".join(one.name for one in [*seen[seen.index(base) :], base])
             raise _refused(last, f"extends itself: {way}", name)
@@ -90,9 +93,10 @@ def _refused(document: Document, rule: str, value: Any) -> SpaceError:
 
 
 def _merged(layers: list[Document]) -> Layered:
-    origins: dict[Path, Document] = {}
-    value: Any = {}
-    for layer in reversed(layers):
+    *above, bottom = layers
+    value = {key: part for key, part in bottom.value.items() if key != KEY}
+    origins: dict[Path, Document] = {(key,): bottom for key in value}
+    for layer in reversed(above):
         own = {key: part for key, part in layer.value.items() if key != KEY}
         value = _merge(value, own, (), layer, origins)
     top = layers[0]
@@ -106,11 +110,13 @@ def _merge(below: Any, above: Any, path: Path, layer: Document, origins: dict[Pa
         for known in [known for known in origins if known[: len(path)] == path]:
             del origins[known]
         origins[path] = layer
-        return above
+        return above if whole else {key: _merge(None, part, (*path, key), layer, origins)
+                                    for key, part in above.items() if part is not None}  # fmt: skip
     merged = dict(below)
     for key, part in above.items():
-        if part is None and key in merged:
-            del merged[key]
+        if part is None:
+            merged.pop(key, None)
+            origins[(*path, key)] = layer
         else:
             merged[key] = _merge(below.get(key), part, (*path, key), layer, origins)
     return merged

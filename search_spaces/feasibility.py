@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from search_spaces.evaluation import ExpressionError
-from search_spaces.genes import Gene, Rng, inherited
+from search_spaces.genes import Gene, ListGene, Rng, inherited
 from search_spaces.genome import Genome, get
 from search_spaces.repair import repaired, shortfall
 from search_spaces.space import Space
@@ -84,7 +84,8 @@ class Feasibility:
 
 def examine(space: Space, rng: Rng, draws: int = DRAWS) -> Feasibility:
     """Draw genomes without regard to the constraints and count what each leaves."""
-    draws = max(1, min(draws, MOST_VALUES // max(1, len(space.nodes))))
+    values = sum(node.longest if isinstance(node, ListGene) else 1 for node in space.nodes)
+    draws = max(1, min(draws, MOST_VALUES // max(1, values)))
     drawn = [genome for genome in (_drawn(space, rng) for _ in range(draws)) if genome is not None]
     recipes = [genome for genome in drawn if space.rule is None or not space.rule(genome.values())]
     met = [[_meets(space, constraint, genome) for constraint in space.constraints] for genome in recipes]
@@ -158,6 +159,10 @@ def _end(space: Space, genomes: Sequence[Genome], sign: int) -> Genome:
             before, heights = looked_at, {lowest}
             for candidate in _stepped(space, best, gene):
                 looked_at += 1
+                if looked_at >= CLIMB:
+                    break
+                if space.rule is not None and space.rule(candidate.values()):
+                    continue
                 if (here := height(candidate)) < lowest and not space.violations(candidate):
                     best, lowest, improved = candidate, here, True
                     break
@@ -177,7 +182,10 @@ def _plainest(space: Space, genome: Genome, height: Callable[[Genome], float]) -
         def choose(other: Gene, path: Any = gene.path, values: Any = values) -> Any:
             return other.fit(other.baseline, None) if other.path == path else inherited(other, values, None)
 
-        plainer = space.fill(choose)
+        try:
+            plainer = space.fill(choose)
+        except ExpressionError:
+            continue
         if not space.violations(plainer) and height(plainer) == height(genome):
             genome = plainer
     return genome
@@ -194,5 +202,4 @@ def _stepped(space: Space, genome: Genome, moved: Gene) -> Iterator[Genome]:
             candidate = space.fill(choose)
         except ExpressionError:
             continue
-        if space.rule is None or not space.rule(candidate.values()):
-            yield candidate
+        yield candidate

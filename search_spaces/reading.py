@@ -162,6 +162,9 @@ def _read_number(spec: Mapping[str, Any], path: Path, problems: Problems) -> Num
         if step is not None and step <= 0:
             problems.add((*path, "step"), f"step > 0 must hold, got {step:g}", value=step)
             return None
+        if step is not None and (high - low) / step > LARGEST_INTEGER:
+            problems.add((*path, "step"), "makes more values than there are whole numbers up to 2^53", value=step)
+            return None
         if step is not None and step > high - low > 0:
             problems.add((*path, "step"), f"step <= high - low = {high - low:g} must hold, got {step:g}", value=step)
             return None
@@ -319,6 +322,9 @@ def longest_of(gene: ListGene, genes: Mapping[Path, Gene], fixed: Any, problems:
     if isinstance(gene.length, int):
         return gene.length
     place = (*gene.path, "length")
+    if gene.length.names != {_whole(gene.length)}:
+        problems.add(place, f"must be a number or the path of an int gene, is `{gene.length}`")
+        return 0
     named = genes.get(next(iter(gene.length.names))) if gene.length.names == {_whole(gene.length)} else None
     lengths: list[Any]
     if isinstance(named, IntGene):

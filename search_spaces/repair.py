@@ -48,8 +48,10 @@ class Space(Protocol):
 def shortfall(expression: Expression, lookup: Lookup) -> float:
     """How far a condition is from true: 0 when it is, otherwise between 0 and the number of its parts."""
     try:
-        return _total(_Measure(expression.text, lookup).missing(expression.root))
-    except ExpressionError:  # no value at all for this genome
+        if expression.test(lookup):
+            return 0.0
+        return _total(_Measure(expression.text, lookup).missing(expression.root)) or 1.0
+    except ExpressionError:  # no value at all for this genome, or none that is a truth
         return 1.0
 
 

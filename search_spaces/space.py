@@ -198,7 +198,10 @@ class Space:
                 def choose(gene: Gene, target: Path = moved.path, near: Any = near) -> Any:
                     return near if gene.path == target else inherited(gene, values, None)
 
-                candidate = self.fill(choose)
+                try:
+                    candidate = self.fill(choose)
+                except ExpressionError:  # a condition or derived value has no meaning there
+                    continue
                 if candidate != genome and not self.violations(candidate):
                     found[candidate] = None
         return list(found)
@@ -295,7 +298,11 @@ class Space:
                 return gene.fit(gene.baseline, None)
             return gene.normal(value)
 
-        genome = self.fill(choose)
+        try:
+            genome = self.fill(choose)
+        except ExpressionError as error:
+            problems.add(path, f"`{error.text}` has no value for it: {error.message}")
+            return None
         self._compare(values, genome.values(), judged, path, problems)
         return None if len(problems.found) > before else genome
 
@@ -372,7 +379,7 @@ class Space:
     @property
     def cardinality(self) -> float:
         """How many genomes there are, constraints aside; infinite when a gene is continuous."""
-        return math.prod(gene.cardinality for gene in self.genes)
+        return math.prod(float(gene.cardinality) for gene in self.genes)
 
     def encode(self, genome: Genome) -> NDArray[np.float64]:
         """The genome as `width` numbers in [0, 1]; an inactive gene has the code of its baseline."""

@@ -90,7 +90,7 @@ def _path_of(location: Iterable[Any], values: Any) -> Path:
         if present:
             values = values[part]
             path.append(part)
-        elif isinstance(values, Mapping) and isinstance(part, str):
+        elif isinstance(values, Mapping) and isinstance(part, str) and "[" not in part:
             path.append(part)  # a field that is missing
     return tuple(path)
 

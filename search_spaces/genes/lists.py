@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -53,7 +54,10 @@ class ListGene(Gene):
 
     @property
     def cardinality(self) -> float:
-        return float(self.item.cardinality) ** (self.length if isinstance(self.length, int) else self.longest)
+        try:
+            return float(self.item.cardinality) ** (self.length if isinstance(self.length, int) else self.longest)
+        except OverflowError:
+            return math.inf
 
     def problem(self, value: Any) -> str | None:
         if not isinstance(value, list):

@@ -174,6 +174,8 @@ def test_every_shipped_space_is_valid_and_names_the_schema(path: Path) -> None:
         ({"model": {"d_model": {"int": [1, 2], "when": "true"}}}, False),
         ({"model": {"d_model": "four"}}, False),
         ({"budget": {"trails": 3}}, False),
+        ({"extends": "a.yaml", "model": {"n_layers": {"baseline": 10}}, "train": None, "fidelity": {"eta": 3}}, True),
+        ({"extends": "a.yaml", "modle": {}}, False),
         ({"objectives": {"bits_per_byte": "low"}}, False),
         ({"name": "two words"}, False),
         ({"serach": {}}, False),

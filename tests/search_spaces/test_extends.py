@@ -66,8 +66,15 @@ def test_lists_are_replaced_and_null_removes(tmp_path: Path) -> None:
     assert value["constraints"] == [] and list(value["model"]) == ["d_model"] and "train" not in value
 
 
-def test_a_null_that_removes_nothing_is_a_null(tmp_path: Path) -> None:
-    assert merged(tmp_path, "model: {head_dim: null}\n")["model"]["head_dim"] is None
+def test_a_null_is_never_left(tmp_path: Path) -> None:
+    value = merged(tmp_path, "model: {head_dim: null}\nfidelity: {tokens: 1M, eta: null}\n")
+    assert "head_dim" not in value["model"] and value["fidelity"] == {"tokens": 1_000_000}
+
+
+def test_a_circle_of_links_is_told(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    with pytest.raises(SpaceError, match=r"top\.yaml:1:10: extends: "):
+        read_layers(files(tmp_path, top="extends: loop.yaml\n"))
 
 
 def test_files_extend_each_other_from_folder_to_folder(tmp_path: Path) -> None:

@@ -105,3 +105,18 @@ def test_ten_thousand_genomes_of_forty_genes_are_drawn_within_five_seconds() -> 
 
 def test_lookups_know_exact_costs() -> None:
     assert lookup_in({"a": 2}, {"double": lambda values: np.int64(2 * values["a"])})(("double",)) == 4
+
+
+def test_spaces_beyond_all_numbers_are_examined() -> None:
+    many = Space.from_dict({f"g{i}": {"int": [0, 9999]} for i in range(100)}, ["g0 > 5"])
+    assert many.cardinality == float("inf") and examine(many, rng(), 10).example is not None
+    long = Space.from_dict({"n": {"int": [1, 1024]}, "l": {"list": {"choice": [1, 2, 4]}, "length": "n"}}, ["n < 9"])
+    assert long.cardinality == float("inf") and long.sample(rng()).values()["n"] < 9
+
+
+def test_derived_values_without_a_meaning_are_passed_over() -> None:
+    space = Space.from_dict(
+        {"a": {"int": [0, 4], "baseline": 2}, "b": {"expr": "8 / a"}}, ["b <= 4"], exact={"b2": lambda v: v["b"]}
+    )
+    found = examine(space, rng())
+    assert found.smallest is not None and space.neighbours(found.smallest) is not None

@@ -38,6 +38,8 @@ VALUES = {"a": 10, "b": 2, "heads": [2, 4, 8], "word": "x", "off": False}
         ("a <= -10", 1.0),
         ("1 / (b - 2) < 3", 1.0),  # no value at all
         ("missing < 3", 1.0),
+        ("b == 2 or 1 / (b - 2) < 3", 0.0),  # the right side is not looked at
+        ("heads >= 2", 1.0),  # a list of truths is none
     ],
 )
 def test_a_shortfall_grows_with_what_is_missing(text: str, expected: float) -> None:
