@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from evolm import __version__
 from evolm.algorithms import load_algorithm
 from evolm.config import SpaceFile, load_space
 from evolm.controller import Budget, Controller, Why
-from evolm.errors import DataError, EvolmError, NothingFeasible, Problem, SpaceError, UsageError
+from evolm.errors import DataError, EvolmError, NothingFeasible, Problem, RunBusy, SpaceError, UsageError
 from evolm.executors.base import Executor
 from evolm.progress import show
 from evolm.run import Run, current_settings, load
@@ -135,13 +135,14 @@ def _check_executor(executor: str) -> None:
 
 def _forget_unbegun(folder: RunFolder) -> None:
     """Take away a run whose workers never came: nothing was tried, and its space may have been what was wrong."""
-    if not folder.exists or folder.busy:
+    if not folder.exists:
         return
-    with closing(Ledger.open(folder.ledger)) as ledger:
-        begun = bool(ledger.trials)
-    if not begun:
-        for path in (folder.ledger, *folder.path.glob(f"{folder.ledger.name}-*"), folder.space):
-            path.unlink(missing_ok=True)
+    with suppress(RunBusy), folder.locked():  # whoever is at work there is told of where the search begins
+        with closing(Ledger.open(folder.ledger)) as ledger:
+            begun = bool(ledger.trials)
+        if not begun:
+            for path in (folder.ledger, *folder.path.glob(f"{folder.ledger.name}-*"), folder.space):
+                path.unlink(missing_ok=True)
 
 
 def _refuse_other_space(folder: RunFolder, file: SpaceFile) -> None:

@@ -128,7 +128,7 @@ sarch: 1
         (("corpus}}", "corpus}}\n  sequence_length: 4"), "data.sequence_length: must be >= 8, is 4"),
         (("corpus}}", "corpus}}\n  mix: {web: 1, wbe: 1}"), "names 'wbe', which is no source; did you mean 'web'?"),
         (("n_heads: 2", "n_heads: 2, head_dim: {int: [8, 16], step: 8, when: 'model.ffn == 3', default: 8}"), None),
-        (("n_heads: 2", "n_heads: 2, head_dim: {int: [8, 16], when: 'train.schedul == 3', default: 8}"), "mean"),
+        (("n_heads: 2", "n_heads: 2, head_dim: {int: [8, 16], when: 'train.schedul', default: 8}"), "'train.schedule'"),
         (("n_heads: 2", "n_heads: 2, head_dim: {expr: 'model.n_layers + train.beta'}"), "did you mean 'train.beta2'?"),
         (("n_heads: 2", "n_heads: 2, ffn: {choise: [gelu]}"), "a gene? did you mean the kind 'choice'?"),
         (("n_heads: 2", "n_haeds: 2"), "did you mean 'n_heads'?"),

@@ -53,9 +53,20 @@ def test_every_example_is_a_space(snippet: str, tmp_path: Path) -> None:
     assert file.space.genes and file.space.violations(file.space.baseline) == []
 
 
-def test_the_example_of_extends_says_what_it_does(tmp_path: Path) -> None:
+def test_the_example_of_extends_does_what_it_says(tmp_path: Path) -> None:
     (snippet,) = [one for one in blocks("yaml") if one.startswith("extends")]
-    assert "qk_norm: null" in snippet and "n_layers: {baseline: 10}" in snippet
+    (tmp_path / "base.yaml").write_text(
+        "version: 1\nfidelity: {tokens: 1M}\ndata: {sources: {web: {path: web}}, mix: {web: 1}}\n"
+        "model: {d_model: {int: [64, 128], step: 64}, n_layers: {int: [4, 12]}, n_heads: 4, qk_norm: false}\n"
+    )
+    (tmp_path / "space.yaml").write_text(snippet)
+    value = load_space(tmp_path / "space.yaml").document.value
+    assert value["model"] == {
+        "d_model": {"int": [256, 1024]},
+        "n_layers": {"int": [4, 12], "baseline": 10},
+        "n_heads": 4,
+    }
+    assert set(value["data"]["sources"]) == {"web", "wiki"} and "mix" not in value["data"]
 
 
 def test_the_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
