@@ -66,7 +66,7 @@ def load_space(path: Path) -> SpaceFile:
     values = document.value
     name = _header(values, path, (*HEADER, EXTENDS, *SECTIONS, *SETTINGS), problems)
     recipe = {section: values[section] for section in SECTIONS if section in values}
-    own = values.get("trial") is None  # somebody else's trainer has recipes of its own
+    own = not _commanded(values)  # somebody else's trainer has recipes of its own
     space = Space.read(
         recipe,
         _listed(values, "constraints", str),
@@ -121,6 +121,12 @@ def _header(values: Values, path: Path, known: tuple[str, ...], problems: Proble
     if not isinstance(name, str) or not NAME.fullmatch(name):
         problems.add(("name",), f"must match {NAME.pattern}, is {name!r}", value=name)
     return str(name)
+
+
+def _commanded(values: Values) -> bool:
+    """Whether the file names a trainer of its own."""
+    trial = values.get("trial")
+    return isinstance(trial, dict) and trial.get("command") is not None
 
 
 def _listed(values: Values, key: str, kind: type) -> list[Any]:

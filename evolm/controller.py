@@ -3,23 +3,31 @@ spent."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from evolm.errors import BadMetrics, SpaceExhausted
-from evolm.executors.base import Executor, Job, Outcome, TrialProgress
-from evolm.run_folder import RunFolder, latest_checkpoint, rung_checkpoint
+from evolm.errors import BadMetrics, DataError, EvolmError, SpaceExhausted, StorageError, UsageError
+from evolm.executors.base import Executor, Job, Limits, Outcome, TrialProgress
+from evolm.requests import Request
+from evolm.retention import Retention
+from evolm.run_folder import RunFolder
 from evolm.search import Asked, Search
-from fitness.trial import Trial
+from fitness.trial import Reason, Trial
 
 TICK = 0.5
-"""Seconds between looks at signals, deadlines and progress while nothing comes in."""
+"""Seconds between looks at signals, requests, leases and progress while nothing comes in."""
 
-LOSSES = 3
-"""How many workers a trial may lose on its way to one rung: a genome that kills its worker is given up."""
+LEASE_SECONDS = 120.0
+"""How long a worker may not be heard before its trial is given to another one."""
+
+END_SECONDS = 60.0
+"""How long running trials may take to save after something fatal, and to end after they were cancelled."""
+
+RETRIES: Mapping[Reason, int] = {"lost": 2, "crashed": 1}
+"""How often a trial is tried again, on its way from one rung to the next, after a failure for this reason. Not at all
+for any other: it would fail again (`interrupted` is no failure: it goes on when the run does)."""
 
 Why = Literal["budget", "exhausted", "interrupted"]
 
@@ -33,13 +41,34 @@ class View(Protocol):
     def tick(self, running: Sequence[TrialProgress]) -> None:
         """Time has passed."""
 
+    def say(self, text: str) -> None:
+        """Something happened that is no trial's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What may be spent: genomes to try, and seconds of wall clock from the start of this controller."""
+    """What may be spent: genomes to try, and seconds from the start of this controller."""
 
     trials: int
     seconds: float | None = None
+
+
+@dataclass(kw_only=True)
+class Lease:
+    """A trial that was handed out: renewed whenever its worker is heard, by this process's monotonic clock alone."""
+
+    asked: Asked
+    heard: float = field(default_factory=time.monotonic)
+    progress: TrialProgress
+
+    def renew(self, progress: TrialProgress) -> None:
+        """Its worker was heard."""
+        self.heard, self.progress = time.monotonic(), progress
+
+    @property
+    def expired(self) -> bool:
+        """Whether its worker has not been heard for too long."""
+        return time.monotonic() - self.heard > LEASE_SECONDS
 
 
 class Controller:
@@ -55,45 +84,73 @@ class Controller:
         seed: int,
         context: Mapping[str, Any],
         view: View,
+        limits: Limits = Limits(),
+        retention: Retention | None = None,
+        requests: Callable[[], Iterator[Request]] = lambda: iter(()),
     ) -> None:
         self.folder, self.search, self.executor = folder, search, executor
         self.budget, self.seed, self.context, self.view = budget, seed, context, view
-        self.running: dict[int, Asked] = {}
+        self.limits, self.retention, self.requests = limits, retention, requests
+        self.running: dict[int, Lease] = {}
         self.exhausted = False
-        self.stopping = self.abandoning = False
+        self.stopping = self.cancelling = False
+        self.fatal: EvolmError | None = None
         self._deadline = None if budget.seconds is None else time.monotonic() + budget.seconds
+        self._end_by: float | None = None
+        self._looked = time.monotonic()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Why:
         """Work until nothing is left to do, the budget is spent, or `stop` was called. Raises what is fatal to the
-        run."""
+        run, once running trials have ended."""
+        self.folder.trials.mkdir(exist_ok=True)
         self.reclaim()
         while True:
+            self.listen()
             if not self.stopping and not self.overdue:
                 self.launch()
             # Without idle workers and running trials, workers are being replaced: `wait` waits for them.
-            if self.abandoning or (not self.running and (self.executor.idle() or self.stopping or self.overdue)):
+            if self.late or (not self.running and (self.executor.idle() or self.stopping or self.overdue)):
                 break
             for outcome in self.executor.wait(TICK):
                 self.take(outcome)
-            self.view.tick(self.executor.progress())
-        for asked in list(self.running.values()):
-            self.view.told(self.search.fail(asked, "interrupted", "abandoned", final=False))
+            self.watch()
+        for lease in list(self.running.values()):
+            self.view.told(self.search.fail(lease.asked, "interrupted", "abandoned", final=False))
+        if self.fatal is not None:
+            raise self.fatal
         if self.stopping:
             return "interrupted"
         return "exhausted" if self.exhausted else "budget"
 
     def stop(self) -> None:
-        """Launch nothing more and let running trials save; called again, do not wait for them."""
-        self.abandoning = self.stopping
-        self.stopping = True
-        self.executor.interrupt()
+        """Launch nothing more and let running trials save; called again, end them as they are."""
+        if not self.stopping:
+            self.stopping = True
+            self.executor.interrupt()
+        elif not self.cancelling:
+            self.cancelling = True
+            self._end_by = time.monotonic() + END_SECONDS
+            self.executor.cancel()
+
+    def end(self, error: EvolmError) -> None:
+        """Stop because of what is fatal to the run."""
+        if self.fatal is None:
+            self.fatal = error
+            self._end_by = time.monotonic() + END_SECONDS
+            if not self.stopping:
+                self.stop()
 
     @property
     def overdue(self) -> bool:
         """Whether the time is up."""
         return self._deadline is not None and time.monotonic() >= self._deadline
+
+    @property
+    def late(self) -> bool:
+        """Whether trials that were told to end have taken too long about it."""
+        return self._end_by is not None and time.monotonic() > self._end_by
 
     def reclaim(self) -> None:
         """Trials that an earlier controller left running were interrupted when it died."""
@@ -108,7 +165,7 @@ class Controller:
             asked = None if self.stopping else self.next(self.executor.workers[slot])
             if asked is None:
                 break
-            self.running[asked.id] = asked
+            self.running[asked.id] = Lease(asked=asked, progress=TrialProgress(trial=asked.id))
             self.executor.submit(slot, self.job(asked))
         if self.stopping:  # a signal came while a trial was handed over: it has not heard
             self.executor.interrupt()
@@ -128,7 +185,7 @@ class Controller:
         """The job of a trial that was asked."""
         return Job(
             trial=asked.id,
-            attempt=asked.attempt,
+            lease=asked.lease,
             rung=asked.rung,
             top=asked.rung >= self.search.top,
             tokens=asked.fidelity["tokens"] if asked.fidelity else 0,
@@ -136,43 +193,88 @@ class Controller:
             seed=self.seed,
             folder=str(self.folder.trial(asked.id).absolute()),
             context=self.context,
+            limits=self.limits,
         )
+
+    # --- watching -----------------------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Renew the leases of workers that were heard, and give up those that were not; see to the run's storage."""
+        for progress in self.executor.progress():
+            if progress.trial in self.running:
+                self.running[progress.trial].renew(progress)
+        for trial, lease in self.running.items():
+            if lease.expired:
+                self.executor.abandon(trial)
+        self.view.tick([lease.progress for lease in self.running.values()])
+        self.search.ledger.check_place()
+        if self.search.ledger.full:
+            place = self.folder.path
+            self.end(StorageError(f"{place}: the disk is full; free some space, then run `evolm resume {place}`"))
+
+    def heard_inline(self, progress: TrialProgress) -> bool:
+        """The trial of this very process has moved: the moment to look at everything else, too."""
+        now = time.monotonic()
+        if now - self._looked > TICK:
+            self._looked = now
+            self.running[progress.trial].renew(progress)
+            self.listen()
+            self.watch()
+        return True
+
+    def listen(self) -> None:
+        """Do what other processes ask of this run."""
+        for request in self.requests():
+            if request.kind == "enqueue":
+                self.enqueue(request.genome or {})
+            elif not self.stopping or (request.kind == "cancel" and not self.cancelling):
+                self.view.say("asked to stop: running trials save and end")
+                self.stop()
+                if request.kind == "cancel":
+                    self.stop()
+            request.done()
+
+    def enqueue(self, genome: Mapping[str, Any]) -> None:
+        """Take a genome that somebody asked to be tried."""
+        try:
+            trial = self.search.enqueue(genome)
+        except UsageError as error:
+            self.view.say(f"not enqueued: {error}")
+        else:
+            self.view.say(f"enqueued as trial {trial.id}")
 
     # --- taking -------------------------------------------------------------------------------------------------------
 
     def take(self, outcome: Outcome) -> None:
         """Write down how a launch ended, then clean up behind it: never before it is written."""
-        asked = self.running.pop(outcome.trial)
-        if outcome.kind == "fatal":
-            self.search.fail(asked, "interrupted", outcome.message, final=False)
-            assert outcome.error is not None
-            raise outcome.error
-        trial = self.write(asked, outcome)
-        self.clean(trial, outcome)
+        lease = self.running.get(outcome.trial)
+        if lease is None or lease.asked.lease != outcome.lease:
+            self.search.late(outcome.trial, outcome.lease, outcome.kind, flops=outcome.flops, seconds=outcome.seconds)
+            return
+        del self.running[outcome.trial]
+        trial = self.write(lease.asked, outcome)
+        if self.retention is not None:
+            self.retention.after(trial, self.search.trials(), told=outcome.kind == "result")
         self.view.told(trial)
 
     def write(self, asked: Asked, outcome: Outcome) -> Trial:
         """The outcome as an event of the ledger."""
-        flops, seconds = outcome.flops, outcome.seconds
+        spent: dict[str, Any] = {"flops": outcome.flops, "seconds": outcome.seconds}
         if outcome.kind == "infeasible":
-            return self.search.ledger.infeasible(asked.id, outcome.message)
+            return self.search.refuse(asked, outcome.message)
+        if outcome.kind == "fatal":
+            self.end((StorageError if outcome.fatal == "storage" else DataError)(outcome.message))
+            return self.search.fail(asked, "interrupted", outcome.message, **spent, final=False)
         if outcome.kind == "fail":
             assert outcome.reason is not None
-            lost = self.search.ledger.trials[asked.id].lost + 1  # with this one
-            again = outcome.reason == "interrupted" or (outcome.reason == "lost" and lost < LOSSES)
-            return self.search.fail(
-                asked, outcome.reason, outcome.message, flops=flops, seconds=seconds, final=not again
-            )
+            final = not self.again(asked.id, outcome.reason)
+            return self.search.fail(asked, outcome.reason, outcome.message, **spent, final=final)
         try:
-            return self.search.tell(asked, outcome.metrics, flops=flops, seconds=seconds)
+            return self.search.tell(asked, outcome.metrics, **spent)
         except BadMetrics as error:
-            return self.search.fail(asked, "bad_metrics", str(error), flops=flops, seconds=seconds)
+            return self.search.fail(asked, "bad_metrics", str(error), **spent)
 
-    def clean(self, trial: Trial, outcome: Outcome) -> None:
-        """Delete the checkpoints that this trial can no longer need."""
-        place = self.folder.trial(trial.id)
-        if trial.state in ("complete", "failed", "infeasible"):
-            shutil.rmtree(place / "checkpoints", ignore_errors=True)
-        elif outcome.kind == "result":
-            shutil.rmtree(latest_checkpoint(place), ignore_errors=True)
-            shutil.rmtree(rung_checkpoint(place, outcome.rung - 1), ignore_errors=True)
+    def again(self, trial: int, reason: Reason) -> bool:
+        """Whether a trial that failed now is to be tried again."""
+        before = self.search.ledger.trials[trial].failures.get(reason, 0)
+        return reason == "interrupted" or before < RETRIES.get(reason, 0)

@@ -7,7 +7,8 @@ EvolmError                      1   root; the number is the exit code of the com
 │   └── DataError               2   sources that give nothing to train or score on
 ├── NothingFeasible             3   a search that ended without one completed trial
 ├── RunBusy                     4   another controller works in the run folder
-├── StorageError                5   the run folder: full, read-only, vanished, torn
+├── StorageError                5   the run folder: full, read-only, vanished
+│   └── LedgerDamaged           5   a ledger that is not what was written
 ├── CheckpointError             5   a checkpoint: missing, torn, or of another run
 ├── GateError                   6   a gate said no: worse than the baseline
 ├── ParityError                 6   an exported model that is not the trained one
@@ -22,7 +23,7 @@ EvolmError                      1   root; the number is the exit code of the com
 
 from typing import Any
 
-from fitness.errors import BadMetrics, RunBusy, StorageError
+from fitness.errors import BadMetrics, LedgerDamaged, RunBusy, StorageError
 from search_spaces.errors import EvolmError, Problem, SpaceError, UsageError
 from search_spaces.evaluation import ExpressionError
 from trainer.errors import CheckpointError, DataError, Diverged, Leak, ParityError, Refused
@@ -68,6 +69,7 @@ __all__ = [
     "GateError",
     "Interrupted",
     "Leak",
+    "LedgerDamaged",
     "NothingFeasible",
     "ParityError",
     "Problem",

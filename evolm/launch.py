@@ -20,9 +20,23 @@ from evolm import __version__
 from evolm.algorithms import load_algorithm
 from evolm.config import SpaceFile, load_space
 from evolm.controller import Budget, Controller, Why
-from evolm.errors import DataError, EvolmError, NothingFeasible, Problem, RunBusy, SpaceError, UsageError
-from evolm.executors.base import Executor
+from evolm.errors import (
+    DataError,
+    EvolmError,
+    ExecutorError,
+    NothingFeasible,
+    Problem,
+    RunBusy,
+    SpaceError,
+    StorageError,
+    UsageError,
+)
+from evolm.executors.base import Executor, Limits, Runner
+from evolm.executors.command import Command, check_command, run_command
+from evolm.executors.inline import InlineExecutor
 from evolm.progress import show
+from evolm.requests import pending
+from evolm.retention import Keep, Retention
 from evolm.run import Run, current_settings, load
 from evolm.run_folder import RunFolder, existing, new_or_named
 from evolm.search import Search
@@ -30,6 +44,7 @@ from evolm.settings import Settings, with_overrides
 from evolm.signals import on_signals
 from evolm.worker import Context, run_recipe
 from fitness.ledger import Ledger
+from fitness.repair import repair as repair_ledger
 from search_spaces.genes import ChoiceGene, NumberGene
 from search_spaces.genome import difference
 from search_spaces.yaml_source import Document
@@ -70,7 +85,7 @@ def start(
     _check_executor(executor)
     file = load_space(path)
     if file.settings.command is not None:
-        raise UsageError(f"{path}: `trial.command` is read and checked, but this version does not run it yet")
+        check_command(file.settings.command, Path.cwd(), file.document)
     folder = new_or_named(run, file.name)
     _forget_unbegun(folder)
     if folder.exists:
@@ -84,16 +99,15 @@ def start(
             if fresh:  # where nothing was begun, nothing is left behind
                 undo.callback(shutil.rmtree, folder.path, ignore_errors=True)
             roots = [str(folder) for folder in (Path.cwd(), *file.document.folders)]
-            corpus = _prepare(file, cache or default_cache(), roots, say)
+            meta = {
+                "settings": settings.as_dict(),
+                "roots": roots,
+                "cache": str((cache or default_cache()).absolute()),
+                "corpus": _prepare(file, cache or default_cache(), roots, say),
+                "evolm": __version__,
+            }
             undo.pop_all()
-        folder.space.write_text(file.text)
-        meta = {
-            "settings": settings.as_dict(),
-            "roots": roots,
-            "cache": str((cache or default_cache()).absolute()),
-            "corpus": corpus.manifest(),
-            "evolm": __version__,
-        }
+        _freeze(folder, file)
         ledger = Ledger.create(folder.ledger, meta)
         return _work(folder, file, settings, ledger, executor, address, say)
 
@@ -104,15 +118,18 @@ def resume(
     executor: str = "ray",
     address: str | None = None,
     cache: Path | None = None,
+    repair: bool = False,
     say: Say = lambda text: None,
     **overrides: Any,
 ) -> Ended:
     """Go on with a run where it stopped. Budgets may be raised; what decides which genomes come next may not be
-    changed."""
+    changed. With `repair`, a damaged ledger is first made anew of what can still be read."""
     _check_executor(executor)
     folder = existing(run)
     with folder.locked():
         file = load_space(folder.space)
+        if repair:
+            say(str(repair_ledger(folder.ledger)))
         ledger = Ledger.open(folder.ledger, write=True)
         begun = current_settings(ledger)
         for name in ("algorithm", "seed"):
@@ -120,12 +137,21 @@ def resume(
             if wanted is not None and wanted != getattr(begun, name):
                 raise UsageError(f"run '{folder.name}' was begun with {name} {getattr(begun, name)}, not {wanted}")
         settings = with_overrides(begun, **overrides)
-        if settings.trials < len(ledger.trials):
+        if overrides.get("trials") is not None and settings.trials < len(ledger.trials):
             raise UsageError(f"--trials {settings.trials}: run '{folder.name}' has {len(ledger.trials)} already")
-        if settings.trials == len(ledger.trials) and not ledger.in_state("proposed", "running"):
+        if settings.trials <= len(ledger.trials) and not ledger.in_state("proposed", "running"):
             say(f"all {settings.trials} trials of the budget were tried; for more, give --trials N")
         _prepare(file, cache or Path(ledger.meta["cache"]), ledger.meta["roots"], say)
         return _work(folder, file, settings, ledger, executor, address, say, cache=cache)
+
+
+def _freeze(folder: RunFolder, file: SpaceFile) -> None:
+    """Keep the space as it is now. Raises StorageError."""
+    try:
+        folder.space.write_text(file.text)
+    except OSError as error:
+        advice = "free some space, then run the command again"
+        raise StorageError(f"{folder.space}: cannot be written: {error.strerror}; {advice}") from None
 
 
 def _check_executor(executor: str) -> None:
@@ -141,7 +167,7 @@ def _forget_unbegun(folder: RunFolder) -> None:
         with closing(Ledger.open(folder.ledger)) as ledger:
             begun = bool(ledger.trials)
         if not begun:
-            for path in (folder.ledger, *folder.path.glob(f"{folder.ledger.name}-*"), folder.space):
+            for path in (*folder.path.glob(f"{folder.ledger.name}*"), folder.path / "ballast", folder.space):
                 path.unlink(missing_ok=True)
 
 
@@ -156,9 +182,12 @@ def _refuse_other_space(folder: RunFolder, file: SpaceFile) -> None:
         )
 
 
-def _prepare(file: SpaceFile, cache: Path, roots: list[str], say: Say) -> Corpus:
+def _prepare(file: SpaceFile, cache: Path, roots: list[str], say: Say) -> dict[str, Any]:
     """Build the corpus before any trial, so that bad data is told at once, and a vocabulary that the text cannot
-    fill."""
+    fill; returns what it is made of. The data of somebody else's trainer are its own; that it is there is checked."""
+    if file.settings.command is not None:
+        check_command(file.settings.command, Path(roots[0]), file.document)
+        return {"sources": {}}
     data = Data.model_validate(file.space.baseline.values()["data"])
     say("reading the corpus")
     try:
@@ -168,7 +197,7 @@ def _prepare(file: SpaceFile, cache: Path, roots: list[str], say: Say) -> Corpus
     largest = _largest_vocabulary(file, data.tokenizer.vocab_size)
     if largest > data.tokenizer.vocab_size:
         open_tokenizer(data.tokenizer.model_copy(update={"vocab_size": largest}), corpus.documents, cache)
-    return corpus
+    return corpus.manifest()
 
 
 def _placed(error: DataError, document: Document) -> EvolmError:
@@ -206,17 +235,13 @@ def _work(
         fidelity=settings.fidelity,
         ledger=ledger,
     )
-    context = Context(
-        cache=str((cache or Path(ledger.meta["cache"])).absolute()),
-        roots=ledger.meta["roots"],
-        documents={name: one["digest"] for name, one in ledger.meta["corpus"]["sources"].items()},
-        target=settings.target,
-        device="cuda" if settings.gpus > 0 else "cpu",
-        threads=max(1, int(settings.cpus)),
-    )
+    for request in pending(folder):
+        if request.kind != "enqueue":
+            request.done()  # it was meant for an earlier controller
+    runner, context = _runner(settings, ledger, cache)
     view = show(search, settings.trials)
     say(f"starting workers ({executor})")
-    workers = _executor(executor, settings, address, view)
+    workers = _executor(executor, runner, settings, address)
     ledger.open_session({**_session(executor), "settings": settings.as_dict()})
     try:
         controller = Controller(
@@ -225,15 +250,28 @@ def _work(
             workers,
             budget=Budget(trials=settings.trials, seconds=None if settings.hours is None else settings.hours * 3600),
             seed=settings.seed,
-            context=context.as_dict(),
+            context=context,
             view=view,
+            limits=_limits(settings, workers),
+            retention=Retention(
+                folder, Keep.of(settings, folder.path), settings.fidelity, search.objectives, settings.trials
+            ),
+            requests=lambda: pending(folder),
         )
+        if isinstance(workers, InlineExecutor):
+            workers.on_progress = controller.heard_inline
         with _stopped_by_signals(controller) as received, view:
-            why = controller.run()
+            try:
+                why = controller.run()
+            except ExecutorError as error:
+                raise ExecutorError(f"{error}\n{_go_on(folder)}") from None
+            except EvolmError:
+                ledger.close_session("storage" if controller.fatal else "error")
+                raise
         ledger.close_session(why)
     finally:
         workers.close()
-    ledger.close()
+        ledger.close()
     ended = load(folder.path.absolute())
     if why != "interrupted" and not any(trial.state == "complete" for trial in ended.trials()):
         reasons = (
@@ -242,20 +280,51 @@ def _work(
         raise NothingFeasible(
             f"run '{folder.name}' ended without a completed trial: {reasons}; `evolm status {folder.path}` shows it"
         )
-    return Ended(run=ended, why=why, signal=received[-1] if received else None, abandoned=controller.abandoning)
+    return Ended(run=ended, why=why, signal=received[-1] if received else None, abandoned=controller.cancelling)
 
 
-def _executor(name: str, settings: Settings, address: str | None, view: Any) -> Executor:
+def _go_on(folder: RunFolder) -> str:
+    return f"everything told is saved; go on with: evolm resume {folder.path}"
+
+
+def _runner(settings: Settings, ledger: Ledger, cache: Path | None) -> tuple[Runner, dict[str, Any]]:
+    """Who runs trials, and what all of them share."""
+    if settings.command is not None:
+        return run_command, Command(
+            command=list(settings.command), objectives=list(settings.objectives), roots=ledger.meta["roots"]
+        ).as_dict()
+    context = Context(
+        cache=str((cache or Path(ledger.meta["cache"])).absolute()),
+        roots=ledger.meta["roots"],
+        documents={name: one["digest"] for name, one in ledger.meta["corpus"]["sources"].items()},
+        target=settings.target,
+        device="cuda" if settings.gpus > 0 else "cpu",
+        threads=max(1, int(settings.cpus)),
+        checkpoint_seconds=settings.checkpoint_minutes * 60,
+        keep_last=settings.keep_last,
+        keep_final=settings.keep_best > 0,
+    )
+    return run_recipe, context.as_dict()
+
+
+def _executor(name: str, runner: Runner, settings: Settings, address: str | None) -> Executor:
     if name == "inline":
-        from evolm.executors.inline import InlineExecutor
         from trainer.device import usable_device
 
         usable_device("cuda" if settings.gpus > 0 else "cpu")
-        return InlineExecutor(run_recipe, lambda progress: bool(view.tick([progress])) or True)
-    from evolm.executors.ray_actors import RayExecutor
+        return InlineExecutor(runner)
+    from evolm.executors.ray_actors import Needs, RayExecutor
 
-    return RayExecutor(
-        run_recipe, cpus=settings.cpus, gpus=settings.gpus, slots=settings.max_concurrent, address=address
+    needs = Needs(cpus=settings.cpus, gpus=settings.gpus, memory=settings.memory)
+    return RayExecutor(runner, needs, slots=settings.max_concurrent, address=address)
+
+
+def _limits(settings: Settings, workers: Executor) -> Limits:
+    """What one launch of a trial may take; without a word in the space, its share of the memory of a node."""
+    return Limits(
+        seconds=None if settings.trial_hours is None else settings.trial_hours * 3600,
+        silent_seconds=settings.silent_minutes * 60,
+        memory=settings.memory or workers.memory_share,
     )
 
 

@@ -60,11 +60,19 @@ class PlainView:
         pass
 
     def told(self, trial: Trial) -> None:
-        """Print the trial's line. A reader that has gone away does not end the search."""
+        """Print the trial's line."""
+        self._print(summary(self._search, trial))
+
+    def _print(self, text: str) -> None:
+        """A reader that has gone away does not end the search."""
         try:
-            print(summary(self._search, trial), file=self._stream, flush=True)
+            print(text, file=self._stream, flush=True)
         except (BrokenPipeError, ValueError):
             self._stream = open(os.devnull, "w")  # noqa: SIM115  # lives as long as the process
+
+    def say(self, text: str) -> None:
+        """Print what is no trial's."""
+        self._print(text)
 
     def tick(self, running: Sequence[TrialProgress]) -> None:
         """Nothing changes between lines."""
@@ -95,6 +103,10 @@ class LiveView:
         if trial.state in ("failed", "infeasible"):
             self._live.console.print(summary(self._search, trial), style="yellow", highlight=False, markup=False)
         self._draw()
+
+    def say(self, text: str) -> None:
+        """What is no trial's scrolls by above the panel."""
+        self._live.console.print(text, highlight=False, markup=False)
 
     def tick(self, running: Sequence[TrialProgress]) -> None:
         """Draw again."""

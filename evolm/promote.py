@@ -68,9 +68,15 @@ def promote(
 
     Goes on where an earlier promotion of this trial stopped. Raises GateError, after everything is written but without
     an export, when the baseline is no worse (`force` exports all the same); DataError when the corpus is no longer the
-    run's.
+    run's; UsageError when it was not evolm that trained.
     """
     folder = run.folder.promoted(trial.id)
+    if run.settings.command is not None:
+        raise UsageError(
+            f"run '{run.folder.name}' was trained by a `trial.command`, and only that can train its recipes at length; "
+            f"`evolm show {run.folder.path} {trial.id}` has the recipe, and `checkpoints: {{keep_best: 1}}` in a space "
+            "keeps what the best trial saved (trials/ID/checkpoints/final)"
+        )
     length = _length(run, folder, tokens)
     recipes = {"pretrain": trial.genome}
     if trial.frozen != run.file.space.baseline:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolm.config import SpaceFile, load_space
 from evolm.errors import UsageError
+from evolm.retention import checkpoint_bytes
 from evolm.run_folder import RunFolder, existing
 from evolm.search import comparable, front_of
 from evolm.settings import Settings
@@ -152,7 +153,9 @@ class Run:
             "front": len(self.front()),
             "hypervolume": volumes[-1][1] if volumes else 0.0,
             "flops": sum(trial.flops for trial in trials),
-            "seconds": sum(session["ended"] - session["began"] for session in self.ledger.sessions()),
+            "seconds": sum(session["seconds"] for session in self.ledger.sessions()),
+            "late": self.ledger.late,
+            "checkpoint_bytes": checkpoint_bytes(self.folder),
             "workers": [{**(trial.worker or {}), "trial": trial.id} for trial in running],
         }
 
@@ -175,7 +178,7 @@ class Run:
             rungs=list(self.settings.fidelity.rungs),
             settings=self.settings.as_dict(),
             meta=self.ledger.meta,
-            seconds=sum(session["ended"] - session["began"] for session in sessions),
+            seconds=sum(session["seconds"] for session in sessions),
             began=sessions[0]["began"] if sessions else None,
             ended=sessions[-1]["ended"] if sessions else None,
             versions=sessions[-1]["versions"] if sessions else {},

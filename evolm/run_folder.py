@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from evolm.errors import RunBusy, StorageError, UsageError
 from search_spaces.errors import nearest
@@ -49,13 +50,23 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def requests(self) -> Path:
+        """What other processes ask of the one that is at work here."""
+        return self.path / "requests"
+
+    @property
+    def trials(self) -> Path:
+        """The folders of all trials."""
+        return self.path / "trials"
+
+    @property
     def logs(self) -> Path:
         """What did not fit on the terminal."""
         return self.path / "logs"
 
     def trial(self, number: int) -> Path:
         """The folder of one trial."""
-        return self.path / "trials" / str(number)
+        return self.trials / str(number)
 
     def promoted(self, number: int) -> Path:
         """The folder of a promoted trial."""
@@ -71,7 +82,7 @@ class RunFolder:
         """Hold the run's lock; the kernel lets go of it when the process ends, however it ends. Raises RunBusy."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / "run.lock").open("a+")
+            stream = (self.path / "run.lock").open("ab+", buffering=0)  # nothing is left to be written at its end
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}") from None
         with stream:
@@ -81,11 +92,19 @@ class RunFolder:
                     f"run '{self.name}' is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')} "
                     f"since {owner.get('since', '?')}; `evolm status {self.path}` shows it"
                 )
-            stream.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
-            stream.flush()
+            self._sign(stream)
             yield
+
+    def _sign(self, stream: FileIO) -> None:
+        """Write down who holds the lock, for those who are refused."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            stream.truncate(0)
+            stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot be written: {error.strerror}; free some space, then run the command again"
+            ) from None
 
     def owner(self) -> dict[str, Any] | None:
         """Who holds the lock, as far as it was written down."""
@@ -108,7 +127,7 @@ class RunFolder:
         return False
 
 
-def _locked(stream: TextIO) -> bool:
+def _locked(stream: FileIO) -> bool:
     """Take the lock; somebody who merely looks holds it for an instant, so a refusal is believed after a while."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
@@ -130,6 +149,16 @@ def rung_checkpoint(trial: str | Path, rung: int) -> Path:
 def latest_checkpoint(trial: str | Path) -> Path:
     """Where a trial keeps the state of a rung that it has begun."""
     return Path(trial) / "checkpoints" / "latest"
+
+
+def saves(checkpoint: Path) -> list[Path]:
+    """Where the saves of a checkpoint may lie, the newest first."""
+    return [checkpoint, *sorted(checkpoint.parent.glob(f"{checkpoint.name}-[1-9]"))]
+
+
+def final_checkpoint(trial: str | Path) -> Path:
+    """Where a complete trial keeps its final weights, while it is among those that are to be kept."""
+    return Path(trial) / "checkpoints" / "final"
 
 
 def new_or_named(run: str | None, name: str) -> RunFolder:

@@ -47,7 +47,15 @@ def space_schema() -> Schema:
             # A file on top of another one says only what it changes, and null takes away.
             {"if": {"required": [EXTENDS]}, "else": {"properties": asked, "required": ["version"]}},
             # Somebody else's trainer has keys of its own.
-            {"if": {"anyOf": [{"required": [EXTENDS]}, {"required": ["trial"]}]}, "else": {"properties": sections}},
+            {
+                "if": {
+                    "anyOf": [
+                        {"required": [EXTENDS]},
+                        {"properties": {"trial": {"required": ["command"]}}, "required": ["trial"]},
+                    ]
+                },
+                "else": {"properties": sections},
+            },
         ],
         "additionalProperties": False,
         "$defs": {**gene_schemas(), **definitions},

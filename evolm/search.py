@@ -6,6 +6,7 @@ trial's number, so a search that is opened again goes on as if it had never been
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ from search_spaces.genes import Rng
 from search_spaces.genome import Genome, Values
 from search_spaces.space import Space
 
+ENQUEUED = "enqueued"
+"""The operator of trials that a user named."""
+
 TRIES = 100
 """Proposals of one algorithm that may turn out to be known already, before others are looked for."""
 
@@ -34,18 +38,19 @@ class Asked:
     """A trial to be run: `genome` is a plain nested dict, `fidelity` how far to train (None when there is no such
     thing).
 
-    The same trial is asked again, under the same id, for its next rung.
+    The same trial is asked again, under the same id, for its next rung. `lease` names this one asking: an answer counts
+    only while it has not been asked again.
     """
 
     id: int
     genome: Values
     fidelity: dict[str, int] | None
     rung: int
-    attempt: int
+    lease: int
 
 
 class Search:
-    """Proposes genomes of a space and learns from what is told about them.
+    """Proposes genomes of a space and learns from what is told about them. Threads may share one.
 
     `objectives` names metrics and their direction. `exact` gives objectives (or metrics) that are known before
     training, as functions of the genome. `fidelity` is a ladder such as `{"tokens": [1e6, 4e6]}`. Raises UsageError.
@@ -68,6 +73,7 @@ class Search:
         self.fidelity = fidelity if isinstance(fidelity, Fidelity) else read_fidelity(fidelity)
         self.exact = {**space.exact, **(exact or {})}
         self.ledger = ledger if ledger is not None else Ledger.create(None, {"seed": seed})
+        self._lock = threading.RLock()
         self._given = list(dict.fromkeys([*self._feasible_baseline(), *space.baselines]))
 
     def _feasible_baseline(self) -> list[Genome]:
@@ -85,27 +91,45 @@ class Search:
 
         Raises SpaceExhausted when nothing is left to try.
         """
-        asked = self.ask_known(worker)
-        return asked if asked is not None else self.ask_new(worker)
+        with self._lock:
+            asked = self.ask_known(worker)
+            return asked if asked is not None else self.ask_new(worker)
 
     def ask_known(self, worker: Mapping[str, Any] | None = None) -> Asked | None:
         """A trial that was interrupted or is promoted; None when only a new one could be asked."""
-        waiting = self.ledger.in_state("proposed")
-        if waiting:
-            return self._start(waiting[0], worker)
-        if self.fidelity is not None:
-            baseline = self.ledger.numbers.get(self.space.baseline)
-            promoted = next_promotion(self.trials(), self.fidelity, self.objectives, baseline)
-            if promoted is not None:
-                return self._start(promoted, worker)
-        return None
+        with self._lock:
+            waiting = self.ledger.in_state("proposed")
+            if waiting:
+                return self._start(waiting[0], worker)
+            if self.fidelity is not None and self.fidelity.top > 0:
+                baseline = self.ledger.numbers.get(self.space.baseline)
+                promoted = next_promotion(self.trials(), self.fidelity, self.objectives, baseline)
+                if promoted is not None:
+                    return self._start(promoted, worker)
+            return None
 
     def ask_new(self, worker: Mapping[str, Any] | None = None) -> Asked:
         """A trial with a genome that was never tried. Raises SpaceExhausted when there is none."""
-        seen = self.ledger.seq
-        proposal = self.propose(len(self.ledger.trials) + 1, seen)
-        trial = self.ledger.propose(proposal.genome, parents=proposal.parents, operator=proposal.operator, seen=seen)
-        return self._start(trial, worker)
+        with self._lock:
+            seen = self.ledger.seq
+            proposal = self.propose(len(self.ledger.trials) + 1, seen)
+            trial = self.ledger.propose(
+                proposal.genome, parents=proposal.parents, operator=proposal.operator, seen=seen
+            )
+            return self._start(trial, worker)
+
+    def enqueue(self, genome: Mapping[str, Any]) -> Trial:
+        """Have a genome tried before anything else is: the given values, and the baseline's for the rest.
+
+        Raises SpaceError for one that is not of this space, UsageError for one that is a trial already.
+        """
+        frozen = self.space.complete(genome)
+        self.space.validate(frozen)
+        with self._lock:
+            known = self.ledger.numbers.get(frozen)
+            if known is not None:
+                raise UsageError(f"this genome is trial {known} already ({self.ledger.trials[known].state})")
+            return self.ledger.propose(frozen, operator=ENQUEUED, seen=self.ledger.seq)
 
     def _start(self, trial: Trial, worker: Mapping[str, Any] | None) -> Asked:
         rung = trial.rung + 1
@@ -115,7 +139,7 @@ class Search:
             genome=trial.genome,
             fidelity={"tokens": self.fidelity.rungs[rung]} if self.fidelity else None,
             rung=rung,
-            attempt=started.attempts,
+            lease=started.lease or 0,
         )
 
     # --- proposing ----------------------------------------------------------------------------------------------------
@@ -174,16 +198,33 @@ class Search:
         `parts` splits a metric by domain or task and is kept as `metric/part`. Exact objectives are added. Raises
         BadMetrics for a metric that is not finite or is missing, UsageError for a trial that is not running.
         """
-        running = self._running(trial)
+        with self._lock:
+            return self._tell(self._running(trial), metrics, parts or {}, flops, seconds)
+
+    def _tell(
+        self,
+        running: Trial,
+        metrics: Mapping[str, float],
+        parts: Mapping[str, Mapping[str, float]],
+        flops: float,
+        seconds: float,
+    ) -> Trial:
         told = dict(metrics)
-        for metric, values in (parts or {}).items():
+        for metric, values in parts.items():
             told |= {f"{metric}/{part}": value for part, value in values.items()}
         told |= {name: function(running.genome) for name, function in self.exact.items()}
         checked = check_metrics(told, self.objectives)
         rung = running.rung + 1
         tokens = self.fidelity.rungs[rung] if self.fidelity else 0
         written = self.ledger.result(
-            running.id, rung, tokens=tokens, metrics=checked, flops=flops, seconds=seconds, top=rung >= self.top
+            running.id,
+            rung,
+            tokens=tokens,
+            metrics=checked,
+            flops=flops,
+            seconds=seconds,
+            top=rung >= self.top,
+            lease=running.lease,
         )
         assert written is not None
         return written
@@ -199,8 +240,30 @@ class Search:
         final: bool = True,
     ) -> Trial:
         """A trial that came to nothing, with the reason; one that is not `final` is asked again."""
-        running = self._running(trial)
-        return self.ledger.fail(running.id, reason, message, flops=flops, seconds=seconds, final=final)
+        with self._lock:
+            running = self._running(trial)
+            failed = self.ledger.fail(
+                running.id, reason, message, flops=flops, seconds=seconds, final=final, lease=running.lease
+            )
+        assert failed is not None
+        return failed
+
+    def refuse(self, trial: Asked | Trial | int, message: str) -> Trial:
+        """A trial whose genome turned out to be impossible to train."""
+        with self._lock:
+            running = self._running(trial)
+            refused = self.ledger.infeasible(running.id, message, lease=running.lease)
+        assert refused is not None
+        return refused
+
+    def late(self, trial: int, lease: int, kind: str, *, flops: float = 0.0, seconds: float = 0.0) -> None:
+        """An answer to an asking that is over: it is counted, and nothing else becomes of it."""
+        with self._lock:
+            spent: dict[str, Any] = {"flops": flops, "seconds": seconds}
+            if kind == "result":
+                self.ledger.result(trial, 0, tokens=0, metrics={}, top=False, lease=lease, **spent)
+            else:
+                self.ledger.fail(trial, "lost", f"a late {kind}", lease=lease, **spent)
 
     def _running(self, trial: Asked | Trial | int) -> Trial:
         identity = trial if isinstance(trial, int) else trial.id
@@ -209,6 +272,8 @@ class Search:
         known = self.ledger.trials[identity]
         if known.state != "running":
             raise UsageError(f"trial {identity} is {known.state}, not running: it was told before, or never asked")
+        if isinstance(trial, Asked) and trial.lease != known.lease:
+            raise UsageError(f"trial {identity} has been asked again since: this answer is of an earlier launch")
         return known
 
     # --- looking ------------------------------------------------------------------------------------------------------

@@ -62,14 +62,35 @@ class ResourcesSection(Section):
 
     cpus: float = Field(1, ge=0, description="processor cores; as many threads")
     gpus: float = Field(0, ge=0, description="accelerators, or the share of one")
+    memory: Count | None = Field(
+        None, description="memory of all its processes together, such as 8GiB; an equal share of its node when absent"
+    )
     max_concurrent: Count | None = Field(None, description="trials side by side; as many as fit when absent")
 
 
 class TrialSection(Section):
-    """Somebody else's trainer in place of evolm's own."""
+    """How a trial is run: how long it may take, and by whom, where it is not evolm's own trainer."""
 
-    command: list[str] = Field(
-        min_length=1, description="program and arguments that train one trial; its recipe is then free of evolm's keys"
+    command: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="program and arguments that train one trial; its recipe is then free of evolm's keys",
+    )
+    hours: float | None = Field(None, gt=0, description="how long one launch of a trial may take (reason `timeout`)")
+    silent_minutes: float = Field(30, gt=0, description="how long it may go on without any progress (reason `timeout`)")
+
+
+class CheckpointsSection(Section):
+    """What is kept of trials on the disk. Those that can no longer be promoted keep nothing."""
+
+    minutes: float = Field(5, gt=0, description="a running trial saves so often")
+    keep_last: int = Field(1, ge=1, le=9, description="saves of a running trial that are kept, should one be damaged")
+    keep_best: int = Field(
+        0, ge=0, description="complete trials, best by the first objective, whose final weights are kept"
+    )
+    max_bytes: Count | None = Field(
+        None,
+        description="of all checkpoints of the run, such as 50GiB; half of what is free on its disk when absent",
     )
 
 
@@ -88,12 +109,14 @@ class SettingsSchema(Section):
     budget: BudgetSection = BudgetSection()
     search: SearchSection = SearchSection()
     resources: ResourcesSection = ResourcesSection()
-    trial: TrialSection | None = None
+    trial: TrialSection = TrialSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a space is searched. `hours` bounds the wall clock, `trials` the genomes that are tried."""
+    """How a space is searched. `hours` bounds the time of a search, `trials` the genomes that are tried; `trial_hours`
+    and `silent_minutes` bound one launch of a trial, `memory` its bytes."""
 
     objectives: dict[str, str]
     target: dict[str, float] | None
@@ -105,7 +128,14 @@ class Settings:
     cpus: float
     gpus: float
     max_concurrent: int | None
+    memory: int | None = None
     command: tuple[str, ...] | None = None
+    trial_hours: float | None = None
+    silent_minutes: float = 30
+    checkpoint_minutes: float = 5
+    keep_last: int = 1
+    keep_best: int = 0
+    max_bytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, the way a run keeps them."""
@@ -137,7 +167,11 @@ class Settings:
             **given.budget.model_dump(),
             **given.search.model_dump(),
             **given.resources.model_dump(),
-            command=None if given.trial is None else tuple(given.trial.command),
+            command=None if given.trial.command is None else tuple(given.trial.command),
+            trial_hours=given.trial.hours,
+            silent_minutes=given.trial.silent_minutes,
+            checkpoint_minutes=given.checkpoints.minutes,
+            **given.checkpoints.model_dump(exclude={"minutes"}),
         )
 
 

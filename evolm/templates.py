@@ -18,11 +18,15 @@ TEMPLATES = {
     "command": "command.yaml",
 }
 
+PROGRAMS = {"command": "train_gpt.py"}
+"""Of evolm/examples, what a template's trials are trained by."""
 
-def write_template(name: str, out: Path) -> None:
-    """Write a template as a space file of the user's own, and the schema for editors beside it.
 
-    Raises UsageError for a template that does not exist and for a file that does.
+def write_template(name: str, out: Path) -> list[Path]:
+    """Write a template as a space file of the user's own, beside it the program that it names and the schema for
+    editors; returns what is the user's to change.
+
+    Raises UsageError for a template that does not exist and for files that do.
     """
     from evolm.schema import FILE, schema_text
 
@@ -34,16 +38,28 @@ def write_template(name: str, out: Path) -> None:
         raise UsageError(f"{out}: there is no folder {out.parent}")
     shipped = (files("search_spaces") / TEMPLATES[name]).read_text(encoding="utf-8")
     text = shipped.replace(f"search_spaces/{TEMPLATES[name]}", str(out))
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(re.sub(r"(?m)^name: .*$", f"name: {json.dumps(_name_of(out))}", text, count=1))
-    except FileExistsError:
-        raise UsageError(f"{out}: exists already; name another file, or remove it") from None
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
+    written = {out: re.sub(r"(?m)^name: .*$", f"name: {json.dumps(_name_of(out))}", text, count=1)}
+    if name in PROGRAMS:
+        program = out.parent / PROGRAMS[name]
+        written[out] = written[out].replace(f'"evolm/examples/{PROGRAMS[name]}"', json.dumps(str(program)))
+        written[program] = (files("evolm") / "examples" / PROGRAMS[name]).read_text(encoding="utf-8")
+    for path in written:
+        if path.exists() or path.is_symlink():
+            raise UsageError(f"{path}: exists already; name another file, or remove it")
+    for path, words in written.items():
+        _write_new(path, words)
     beside = out.parent / FILE
     if not beside.exists():
         beside.write_text(schema_text(), encoding="utf-8")
+    return list(written)
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _name_of(out: Path) -> str:

@@ -5,7 +5,6 @@ This is the trial boundary: whatever goes wrong inside becomes an outcome with a
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 import traceback
@@ -15,9 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolm.errors import CheckpointError, DataError, EvolmError, Refused, StorageError
+from evolm.errors import CheckpointError, DataError, EvolmError, Refused
 from evolm.executors.base import Job, Outcome, Tell, TrialProgress
-from evolm.run_folder import latest_checkpoint, rung_checkpoint
+from evolm.executors.fence import Held, fenced, storage_words
+from evolm.run_folder import final_checkpoint, latest_checkpoint, rung_checkpoint, saves
 from fitness.loss import loss_metrics, score_domains
 from fitness.trial import Reason
 from trainer.cost import costs
@@ -36,8 +36,8 @@ METRICS_EVERY = 0.02
 class Context:
     """What all trials of a run share.
 
-    `documents` pins the sources: their digests when the run began. `checkpoint_seconds` is how often a running trial
-    saves.
+    `documents` pins the sources: their digests when the run began. A running trial saves every `checkpoint_seconds`
+    and keeps its last `keep_last` saves; `keep_final` has trials of the top rung save their final weights.
     """
 
     cache: str
@@ -47,6 +47,8 @@ class Context:
     device: str = "cpu"
     threads: int = 1
     checkpoint_seconds: float = 300.0
+    keep_last: int = 1
+    keep_final: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -58,8 +60,10 @@ def run_recipe(job: Job, tell: Tell) -> Outcome:
     started = time.perf_counter()
     spent = _Spent()
     try:
-        Path(job.folder).mkdir(parents=True, exist_ok=True)
-        return _train_and_score(job, tell, Context(**job.context), spent)
+        with fenced(Path(job.folder)):
+            return _train_and_score(job, tell, Context(**job.context), spent)
+    except Held as error:
+        outcome = job.failed("lost", str(error))
     except Exception as error:  # the one broad except of evolm: no trial's failure may end the search
         outcome = _failed(job, error)
     return replace(outcome, flops=spent.flops, seconds=time.perf_counter() - started)
@@ -84,15 +88,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
     with MetricsLog(Path(job.folder) / "metrics.jsonl") as log:
         record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, log, spent))
         if not record.finished:
-            return Outcome(
-                trial=job.trial,
-                rung=job.rung,
-                kind="fail",
-                reason="interrupted",
-                message="stopped and saved",
-                flops=record.flops,
-                seconds=record.seconds,
-            )
+            return job.failed("interrupted", "stopped and saved", flops=record.flops, seconds=record.seconds)
         scoring = time.perf_counter()
         losses = score_domains(TokenScorer(record.model, recipe), corpus.held_out("validation"))
         metrics = loss_metrics(losses, context.target)
@@ -104,15 +100,8 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
             **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
         }
         log.write({"rung": job.rung, "tokens": record.tokens, **metrics})
-    return Outcome(
-        trial=job.trial,
-        rung=job.rung,
-        kind="result",
-        metrics=metrics,
-        flops=record.flops,
-        seconds=record.seconds + time.perf_counter() - scoring,
-        message=note,
-    )
+    seconds = record.seconds + time.perf_counter() - scoring
+    return job.told(metrics, flops=record.flops, seconds=seconds, message=note)
 
 
 def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter: _Reporter) -> tuple[Record, str]:
@@ -122,10 +111,12 @@ def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter:
     checkpoints = Checkpoints(
         latest=latest_checkpoint(job.folder),
         trunk=None if job.top else rung_checkpoint(job.folder, job.rung),
+        final=final_checkpoint(job.folder) if job.top and context.keep_final else None,
         seconds=context.checkpoint_seconds,
+        keep=context.keep_last,
     )
     notes: list[str] = []
-    for start in (latest_checkpoint(job.folder), rung_checkpoint(job.folder, job.rung - 1), None):
+    for start in (*saves(latest_checkpoint(job.folder)), rung_checkpoint(job.folder, job.rung - 1), None):
         if start is not None and not start.exists():
             continue
         try:
@@ -166,6 +157,7 @@ class _Reporter:
                 total_tokens=progress.total_tokens,
                 loss=progress.loss,
                 tokens_per_second=progress.tokens_per_second,
+                flops=progress.flops,
             )
         )
 
@@ -195,12 +187,11 @@ def _failed(job: Job, error: Exception) -> Outcome:
     """What an exception inside a trial means for it."""
     words = f"{type(error).__name__}: {error}" if not isinstance(error, EvolmError) else str(error)
     if isinstance(error, _CorpusChanged):
-        return Outcome(trial=job.trial, rung=job.rung, kind="fatal", message=words, error=DataError(words))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-        full = StorageError(f"{job.folder}: {error.strerror}; free some space, then run `evolm resume`")
-        return Outcome(trial=job.trial, rung=job.rung, kind="fatal", message=words, error=full)
+        return job.fatal("data", words)
+    if storage := storage_words(Path(job.folder), error):
+        return job.fatal("storage", storage)
     if isinstance(error, DataError):
-        return Outcome(trial=job.trial, rung=job.rung, kind="infeasible", message=words)
+        return job.infeasible(words)
     reason: Reason = "crashed"
     if isinstance(error, Refused):
         reason = error.reason  # type: ignore[assignment]  # a trial's reason by construction
@@ -209,7 +200,7 @@ def _failed(job: Job, error: Exception) -> Outcome:
     else:
         with suppress(OSError):  # the folder itself may be what is wrong; the message is in the ledger
             (Path(job.folder) / "error.log").write_text("".join(traceback.format_exception(error)))
-    return Outcome(trial=job.trial, rung=job.rung, kind="fail", reason=reason, message=words)
+    return job.failed(reason, words)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -11,6 +11,10 @@ class StorageError(EvolmError):
     exit_code = 5
 
 
+class LedgerDamaged(StorageError):
+    """What is in the ledger is not what was written. `fitness.repair.repair` saves what is readable."""
+
+
 class RunBusy(EvolmError):
     """Another controller works in this run folder."""
 

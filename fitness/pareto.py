@@ -19,6 +19,13 @@ def nondominated(points: Points) -> NDArray[np.bool_]:
     return np.asarray(moocore.is_nondominated(points, keep_weakly=True), dtype=bool)
 
 
+def dominates(points: Points) -> NDArray[np.bool_]:
+    """Who dominates whom, shape (points, points): row i, column j says whether point i dominates point j."""
+    no_worse = (points[:, None, :] <= points[None, :, :]).all(axis=2)
+    better = (points[:, None, :] < points[None, :, :]).any(axis=2)
+    return np.asarray(no_worse & better, dtype=bool)
+
+
 def ranks(points: Points) -> NDArray[np.int64]:
     """Front number of each point: 0 for the non-dominated ones, 1 for those left when these are taken away, and so
     on."""

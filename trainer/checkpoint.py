@@ -46,8 +46,11 @@ class RunState(BaseModel):
     losses: list[float] = []  # of the last steps, for the loss of the record and the patience with a bad run
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
-    """Write a checkpoint; one that is already there under this name is replaced once the new one is complete."""
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, *, keep: int = 1
+) -> None:
+    """Write a checkpoint; one that is already there under this name is replaced once the new one is complete, or, when
+    more than one is to be kept, moves on to `NAME-1`, that one to `NAME-2`, and so on."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _settle(folder)
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -66,12 +69,22 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             _sync(temporary / name)
         old = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
         if folder.exists():
-            os.rename(folder, old)
+            os.rename(folder, old if keep == 1 else _room(folder, keep))
         os.rename(temporary, folder)
         _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _room(folder: Path, keep: int) -> Path:
+    """Move older saves one place on, the oldest one away; returns the place of the one before the newest."""
+    places = [folder.with_name(f"{folder.name}-{age}") for age in range(1, keep)]
+    shutil.rmtree(places[-1], ignore_errors=True)
+    for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
+        if newer.exists():
+            os.rename(newer, older)
+    return places[0]
 
 
 def read_state(folder: Path) -> RunState:

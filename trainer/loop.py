@@ -79,14 +79,15 @@ class Record:
 class Checkpoints:
     """Where a run keeps its checkpoints, and when.
 
-    `latest` is written every `seconds` and when the run is stopped; `trunk` where the decay begins, for longer
-    horizons; `final` at the end.
+    `latest` is written every `seconds` and when the run is stopped, and its last `keep` saves are kept; `trunk` is
+    written where the decay begins, for longer horizons; `final` at the end.
     """
 
     latest: Path | None = None
     trunk: Path | None = None
     final: Path | None = None
     seconds: float = math.inf
+    keep: int = 1
 
 
 def train(
@@ -217,7 +218,8 @@ class _Run:
     def save(self, folder: Path | None) -> None:
         """Write a checkpoint where one is wanted; before the first step there is nothing to keep."""
         if folder is not None and self.samples > 0:
-            save_checkpoint(folder, self.model, self.optimizer, self.state())
+            keep = self.checkpoints.keep if folder == self.checkpoints.latest else 1
+            save_checkpoint(folder, self.model, self.optimizer, self.state(), keep=keep)
             self.saved = time.perf_counter()
 
     def step(self) -> Progress:

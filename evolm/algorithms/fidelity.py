@@ -69,11 +69,14 @@ def next_promotion(
     """
     for rung in range(fidelity.top - 1, -1, -1):
         reached = [trial for trial in trials if trial.rung >= rung and trial.state not in ("failed", "infeasible")]
-        waiting = [i for i, trial in enumerate(reached) if trial.rung == rung and trial.state == "paused"]
-        if any(reached[i].id == always for i in waiting):
-            return next(reached[i] for i in waiting if reached[i].id == always)
-        gone = [i for i, trial in enumerate(reached) if i not in set(waiting) and trial.id != always]
-        if waiting and len(gone) < len(reached) // fidelity.eta:
-            points = as_ranks(minimised([trial.rungs[rung].metrics for trial in reached], objectives))
-            return reached[waiting[adds_most(points[gone], points[waiting])]]
+        waiting = {trial.id for trial in reached if trial.rung == rung and trial.state == "paused"}
+        if always in waiting:
+            return next(trial for trial in reached if trial.id == always)
+        quota = len(reached) // fidelity.eta
+        if waiting and sum(trial.id not in waiting and trial.id != always for trial in reached) < quota:
+            told = [(trial, rung_of.metrics) for trial in reached if (rung_of := trial.at(rung)) is not None]
+            points = as_ranks(minimised([metrics for _, metrics in told], objectives))
+            behind = [i for i, (trial, _) in enumerate(told) if trial.id in waiting]
+            ahead = [i for i, (trial, _) in enumerate(told) if trial.id not in waiting and trial.id != always]
+            return told[behind[adds_most(points[ahead], points[behind])]][0]
     return None

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from evolm import __version__
-from evolm.cli import looking, models, searching, spaces
+from evolm.cli import looking, models, replaying, searching, spaces, steering
 from search_spaces.errors import EvolmError, SpaceError
 
 app = typer.Typer(
@@ -43,6 +43,8 @@ NAMED_WRONG = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EN
 spaces.register(app)
 searching.register(app)
 looking.register(app)
+steering.register(app)
+replaying.register(app)
 models.register(app)
 
 

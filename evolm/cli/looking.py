@@ -21,7 +21,8 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """One object on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -32,7 +33,7 @@ def front(run: Run, as_json: AsJson = False) -> None:
 
     loaded = load(run)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "schema_version": SCHEMA_VERSION,
                 "run": loaded.name,
@@ -59,7 +60,7 @@ def show(
     loaded = load(run)
     found = loaded.trial(trial)
     if as_json:
-        _print_json({"schema_version": SCHEMA_VERSION, "run": loaded.name, "trial": found.as_dict()})
+        print_json({"schema_version": SCHEMA_VERSION, "run": loaded.name, "trial": found.as_dict()})
         return
     reason = f" ({found.reason}: {found.message})" if found.reason else f" ({found.message})" if found.message else ""
     typer.echo(f"trial {found.id} of run {loaded.name}: {found.state}{reason}")
@@ -78,10 +79,11 @@ def show(
 def status(run: Run, as_json: AsJson = False) -> None:
     """How far a run is, what failed and why, who is at work."""
     from evolm.run import load
+    from search_spaces.quantities import format_bytes
 
     found = load(run).status()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     typer.echo(f"run {found['run']}: {found['state']}")
     typer.echo("trials: " + (", ".join(f"{n} {state}" for state, n in sorted(found["trials"].items())) or "none"))
@@ -89,6 +91,9 @@ def status(run: Run, as_json: AsJson = False) -> None:
         typer.echo("failed: " + ", ".join(f"{count} {reason}" for reason, count in sorted(found["failures"].items())))
     typer.echo(f"front: {found['front']} trials, hypervolume {found['hypervolume']:.4f}")
     typer.echo(f"spent: {found['flops']:.3g} FLOPs, {found['seconds']:.0f} s")
+    if found["late"]:
+        typer.echo(f"late: {found['late']} results of launches that had been given up; none of them counts")
+    typer.echo(f"checkpoints: {format_bytes(found['checkpoint_bytes'])}")
     for worker in found["workers"]:
         typer.echo(
             f"worker {worker.get('id')}: trial {worker['trial']}, process {worker.get('pid')} on {worker.get('node')}"

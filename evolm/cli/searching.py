@@ -75,6 +75,9 @@ def resume(
     executor: Executor = "ray",
     address: Address = None,
     cache: Cache = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First make a damaged ledger anew of what can still be read.")
+    ] = False,
 ) -> None:
     """Go on with a run that was stopped or killed, or that has a larger budget now.
 
@@ -86,7 +89,16 @@ def resume(
     """
     from evolm import launch
 
-    ended = launch.resume(run, executor=executor, address=address, cache=cache, say=_say, trials=trials, hours=hours)
+    ended = launch.resume(
+        run,
+        executor=executor,
+        address=address,
+        cache=cache,
+        repair=repair,
+        say=_say,
+        trials=trials,
+        hours=hours,
+    )
     _finish(ended, executor, address)
 
 
@@ -119,5 +131,7 @@ def _finish(ended: Ended, executor: str, address: str | None) -> None:
     if front and run.baseline is not None and front[0].id == run.baseline.id:
         more = 2 * run.settings.trials
         typer.echo(f"no recipe beat the baseline yet; try more: evolm resume {run.folder.path} --trials {more}")
+    elif front and run.settings.command is not None:
+        typer.echo(f"the best: evolm show {run.folder.path} best")
     elif front:
         typer.echo(f"promote the best: evolm promote {run.folder.path} best")

@@ -35,8 +35,8 @@ def init(
     """
     from evolm.templates import write_template
 
-    write_template(template, out)
-    typer.echo(f"{out}: change what is yours, then: evolm validate {out}")
+    written = write_template(template, out)
+    typer.echo(f"{' and '.join(map(str, written))}: change what is yours, then: evolm validate {out}")
 
 
 def validate(

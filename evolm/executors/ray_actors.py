@@ -1,18 +1,22 @@
-"""Trials on Ray: long-lived actors that keep torch, data and kernels warm, one trial at a time each."""
+"""Trials on Ray: long-lived actors, each with a cell in which its trials run."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evolm.errors import ExecutorError
 from evolm.executors.base import Job, Outcome, Runner, TrialProgress
+from evolm.executors.cell import Cell, name_of
 from evolm.packages import foreign_packages
+from search_spaces.quantities import format_bytes
 
 CONNECT_SECONDS = 5.0
 """How long an address may take to answer at all."""
@@ -22,6 +26,13 @@ STARTS = 3
 
 START_SECONDS = 120.0
 """How long a worker may take to start: Python and torch from a cold disk."""
+
+HEAD_SECONDS = 20.0
+"""How long the head of the cluster may be silent before the run ends. Ray itself ends the process, without a word to
+it, after 60 s."""
+
+HEAD_EVERY = 2.0
+"""Seconds between looks at whether the head is there."""
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,52 +44,62 @@ _QUIET = {
 class _Worker:
     """What runs in an actor's process. `run` occupies one thread; the other methods answer in another."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: str, sys_path: list[str], keeps_limits: bool) -> None:
         if foreign := foreign_packages():  # a worker's environment may not be the driver's
             raise RuntimeError(f"{os.uname().nodename}: {foreign[0]}")
-        self._runner = runner
-        self._progress: TrialProgress | None = None
-        self._stopped: tuple[int, int] | None = None
-        self._running: tuple[int, int] | None = None
+        self._cell = Cell(runner, [*sys_path, *sys.path], keeps_limits=keeps_limits)
 
     def about(self) -> dict[str, Any]:
         """Who this is."""
-        import socket
-
-        return {"pid": os.getpid(), "node": socket.gethostname()}
+        return {"pid": os.getpid(), "node": os.uname().nodename}
 
     def run(self, job: Job) -> Outcome:
         """Run one job to its end."""
-        self._progress, self._running = None, (job.trial, job.attempt)
-        try:
-            return self._runner(job, self._tell)
-        finally:
-            self._progress = self._running = None
-
-    def _tell(self, progress: TrialProgress) -> bool:
-        self._progress = progress
-        return self._stopped != self._running
+        return self._cell.run(job)
 
     def progress(self) -> TrialProgress | None:
         """Where the running job is."""
-        return self._progress
+        return self._cell.progress
 
-    def stop(self, trial: int, attempt: int) -> None:
+    def stop(self, lease: int) -> None:
         """Ask a job to save and end, also one that is about to begin."""
-        self._stopped = (trial, attempt)
+        self._cell.stop(lease)
+
+    def cancel(self, lease: int) -> None:
+        """End a job now, also one that is about to begin."""
+        self._cell.cancel(lease)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one worker takes of the cluster: processor cores, accelerators (fractions are allowed), bytes of memory."""
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: int | None = None
+
+    def as_ray(self) -> dict[str, float]:
+        """The same in Ray's words."""
+        named = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory or 0)}
+        return {name: amount for name, amount in named.items() if amount > 0}
+
+    def places(self, node: dict[str, float]) -> int:
+        """How many workers a node with these resources can hold at once."""
+        return min((int(node.get(name, 0) // amount) for name, amount in self.as_ray().items()), default=1)
 
 
 class RayExecutor:
-    """Runs jobs in `slots` actors with `cpus` and `gpus` each (fractions are allowed).
+    """Runs jobs in `slots` actors, each of which takes what it `needs`.
 
     Without an `address` a Ray of our own is started on this machine and ended by `close`; a cluster that was there
     before is left running. Raises ExecutorError when there is no such cluster or when it could never hold a worker.
     """
 
     def __init__(
-        self, runner: Runner, *, cpus: float = 1, gpus: float = 0, slots: int | None = None, address: str | None = None
+        self, runner: Runner, needs: Needs | None = None, *, slots: int | None = None, address: str | None = None
     ) -> None:
-        self._runner, self._cpus, self._gpus = runner, cpus, gpus
+        self._runner, self._path, self._needs = name_of(runner), list(sys.path), needs or Needs()
+        self._keeps_limits = getattr(runner, "keeps_limits", False)
         self._own = address is None
         _connect(address)
         import ray
@@ -86,11 +107,16 @@ class RayExecutor:
         self._ray = ray
         self._actor_class = ray.remote(concurrency_groups={"control": 1})(_controlled(_Worker))
         self._jobs: dict[Any, tuple[int, Job]] = {}
+        self._abandoned: dict[Any, Job] = {}  # jobs whose workers are not heard any more, should they tell after all
         self._starting: dict[Any, tuple[int, float]] = {}  # the first answer of a worker: its slot, and until when
+        self._asked: dict[int, Any] = {}  # by slot, the question after progress that is not answered yet
+        self._lost: list[Outcome] = []
         self._gone: set[int] = set()
-        places = self._places()
-        count = min(places, slots or places)
+        self._head = _Head(ray.get_runtime_context().gcs_address)
+        self._node = ray.get_runtime_context().get_node_id()
+        count, self.memory_share = self._room(slots)
         self._actors: list[Any] = [None] * count
+        self._places: list[Any] = [self._place() for _ in range(count)]
         self._failed_starts = [0] * count
         self._abouts: list[dict[str, Any]] = [{"id": slot} for slot in range(count)]
         for slot in range(count):
@@ -98,22 +124,44 @@ class RayExecutor:
         while self._starting:
             self._started(self._ray.wait(list(self._starting), timeout=1.0)[0])
 
-    def _places(self) -> int:
-        """How many workers the cluster can hold at once."""
-        have = self._ray.cluster_resources()
-        needs = {"CPU": self._cpus, "GPU": self._gpus}
-        fits = [int(have.get(name, 0) // need) for name, need in needs.items() if need > 0]
-        places = min(fits, default=1)
-        if places < 1:
-            wanted = ", ".join(f"{need:g} {name}" for name, need in needs.items() if need > 0)
-            offered = ", ".join(f"{have.get(name, 0):g} {name}" for name, need in needs.items() if need > 0)
-            raise ExecutorError(f"no worker fits: a trial needs {wanted}, the cluster has {offered} in all")
-        return places
+    # --- workers ------------------------------------------------------------------------------------------------------
+
+    def _room(self, wanted: int | None) -> tuple[int, int | None]:
+        """How many workers there are to be, and the memory that each can have. Raises ExecutorError when none fits."""
+        nodes: list[dict[str, float]] = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        places = [self._needs.places(node) for node in nodes]
+        if not sum(places):
+            wanted_words = _amounts(self._needs.as_ray())
+            largest = max(nodes, key=lambda node: node.get("GPU", 0) * 1e6 + node.get("CPU", 0), default={})
+            offered = _amounts({name: largest.get(name, 0.0) for name in self._needs.as_ray()})
+            raise ExecutorError(
+                f"no worker fits: a trial needs {wanted_words}, the largest of {len(nodes)} nodes has {offered}; "
+                "make `resources` smaller, or search on a larger cluster"
+            )
+        count = min(sum(places), wanted or sum(places))
+        shares = [node.get("memory", 0.0) / min(n, count) for node, n in zip(nodes, places, strict=True) if n]
+        return count, int(min(shares)) or None
+
+    def _place(self) -> Any:
+        """Room for one worker, which it keeps while it is being replaced."""
+        if not self._needs.as_ray():
+            return None
+        from ray.util import placement_group
+
+        return placement_group([self._needs.as_ray()], strategy="STRICT_PACK")
 
     def _start(self, slot: int) -> None:
         """Begin to start a slot's worker."""
-        actor = self._actor_class.options(num_cpus=self._cpus, num_gpus=self._gpus).remote(self._runner)
+        options: dict[str, Any] = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus}
+        if self._needs.memory:
+            options["memory"] = self._needs.memory
+        if self._places[slot] is not None:
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._places[slot])
+        actor = self._actor_class.options(**options).remote(self._runner, self._path, self._keeps_limits)
         self._actors[slot] = actor
+        self._asked.pop(slot, None)
         self._starting[actor.about.remote()] = (slot, time.monotonic() + START_SECONDS)
 
     def _started(self, ready: list[Any]) -> None:
@@ -147,6 +195,8 @@ class RayExecutor:
         """The actors: id, pid and node."""
         return self._abouts
 
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
     def idle(self) -> list[int]:
         """Slots without a job, whose worker is there."""
         busy = {slot for slot, _ in self._jobs.values()} | {slot for slot, _ in self._starting.values()} | self._gone
@@ -159,52 +209,129 @@ class RayExecutor:
     def wait(self, seconds: float) -> list[Outcome]:
         """Outcomes of jobs that ended; a job whose worker died comes back as lost and the worker is replaced.
 
-        Raises ExecutorError when no worker is left and none can be started.
+        Raises ExecutorError when no worker is left and none can be started, or when the cluster is gone.
         """
-        awaited = [*self._jobs, *self._starting]
-        if not awaited:
-            return []
+        lost, self._lost = self._lost, []
+        awaited = [*self._jobs, *self._starting, *self._abandoned]
+        if lost or not (self._jobs or self._starting):
+            return lost
         ready, _ = self._ray.wait(awaited, num_returns=1, timeout=seconds)
         if ready:  # take along what else has come in
             ready, _ = self._ray.wait(awaited, num_returns=len(awaited), timeout=0)
-        outcomes = []
-        for reference in [one for one in ready if one in self._jobs]:
-            slot, job = self._jobs.pop(reference)
-            try:
-                outcomes.append(self._ray.get(reference))
-            except self._ray.exceptions.RayError as error:
-                words = f"worker {slot} died: {_words(error)}"
-                outcomes.append(Outcome(trial=job.trial, rung=job.rung, kind="fail", reason="lost", message=words))
-                self._start(slot)
+        outcomes = [outcome for reference in ready for outcome in self._ended(reference)]
         if not outcomes:  # which have to be written down before anything may go wrong here
+            if self._head.check() and self._starting:
+                self._check_node()
             self._started([one for one in ready if one in self._starting])
         return outcomes
 
-    def progress(self) -> list[TrialProgress]:
-        """Where running trials are; a worker that does not answer at once is left out."""
-        asked = [self._actors[slot].progress.remote() for slot, _ in self._jobs.values()]
-        if not asked:
-            return []
-        ready, _ = self._ray.wait(asked, num_returns=len(asked), timeout=0.2)
-        found = []
-        for reference in ready:
+    def _check_node(self) -> None:
+        """Raises ExecutorError when the node is gone through which this process speaks to the cluster."""
+        if not any(node["NodeID"] == self._node and node["Alive"] for node in self._ray.nodes()):
+            raise ExecutorError("the Ray node of this machine is gone: no worker can be started any more")
+
+    def _ended(self, reference: Any) -> list[Outcome]:
+        """What an answer says of its job, if it is a job's."""
+        if reference in self._abandoned:
+            job = self._abandoned.pop(reference)
             try:
-                found.append(self._ray.get(reference))
+                return [self._ray.get(reference)]  # with a lease that has expired
             except self._ray.exceptions.RayError:
-                continue  # `wait` will tell of the worker's death
-        return [progress for progress in found if progress is not None]
+                return []
+        if reference not in self._jobs:
+            return []
+        slot, job = self._jobs.pop(reference)
+        try:
+            return [self._ray.get(reference)]
+        except self._ray.exceptions.RayError as error:
+            self._start(slot)
+            return [job.failed("lost", f"worker {slot} died: {_words(error)}")]
+
+    def progress(self) -> list[TrialProgress]:
+        """Where running trials are, of the workers that have answered since; each is asked again when it has."""
+        answers = list(self._asked.items())
+        ready = (
+            set(self._ray.wait([ref for _, ref in answers], num_returns=len(answers), timeout=0)[0]) if answers else ()
+        )
+        found = []
+        for slot, reference in answers:
+            if reference in ready:
+                del self._asked[slot]
+                try:
+                    found.append(self._ray.get(reference))
+                except self._ray.exceptions.RayError:
+                    continue  # `wait` will tell of the worker's death
+        for slot, _ in self._jobs.values():
+            if slot not in self._asked:
+                self._asked[slot] = self._actors[slot].progress.remote()
+        running = {job.trial for _, job in self._jobs.values()}
+        return [progress for progress in found if progress is not None and progress.trial in running]
 
     def interrupt(self) -> None:
         """Tell every running job to stop."""
         for slot, job in self._jobs.values():
-            self._actors[slot].stop.remote(job.trial, job.attempt)
+            self._actors[slot].stop.remote(job.lease)
+
+    def cancel(self) -> None:
+        """Have every running job ended."""
+        for slot, job in self._jobs.values():
+            self._actors[slot].cancel.remote(job.lease)
+
+    def abandon(self, trial: int) -> None:
+        """Give a job up whose worker is not heard any more, and its slot another worker."""
+        reference, (slot, job) = next(item for item in self._jobs.items() if item[1][1].trial == trial)
+        del self._jobs[reference]
+        self._abandoned[reference] = job
+        self._ray.kill(self._actors[slot])
+        if self._places[slot] is not None:  # the room may be on a node that is cut off
+            from ray.util import remove_placement_group
+
+            remove_placement_group(self._places[slot])
+            self._places[slot] = self._place()
+        self._start(slot)
+        self._lost.append(job.failed("lost", f"worker {slot} was not heard any more"))
 
     def close(self) -> None:
-        """End the actors, and the Ray that we started."""
+        """End the actors, and the Ray that we started. Their places on a cluster end with this process: to give them
+        back would wait for a head that may be gone."""
         for actor in self._actors:
             self._ray.kill(actor)
         if self._own:
             self._ray.shutdown()
+
+
+class _Head:
+    """Looks whether the head of the cluster still answers."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._heard = self._looked = time.monotonic()
+
+    def check(self) -> bool:
+        """Whether the head was looked for now, and answered. Raises ExecutorError when it has not for
+        `HEAD_SECONDS`."""
+        now = time.monotonic()
+        if now - self._looked < HEAD_EVERY:
+            return False
+        missed = now - self._looked > HEAD_SECONDS  # this process itself was away
+        self._looked = now
+        try:
+            _reach(self._address, 1.0)
+            self._heard = now
+        except OSError as error:
+            if missed:
+                self._heard = now
+            if now - self._heard > HEAD_SECONDS:
+                raise ExecutorError(f"the head of the Ray cluster at {self._address} is gone: {error}") from None
+            return False
+        return True
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(
+        f"{format_bytes(amount)} of memory" if name == "memory" else f"{amount:g} {name}"
+        for name, amount in resources.items()
+    )
 
 
 def _words(error: Exception, line: int = 0) -> str:
@@ -216,7 +343,7 @@ def _controlled(worker: type) -> type:
     """Mark the methods that answer while `run` works. Done here, so that importing this module does not import Ray."""
     import ray
 
-    for name in ("about", "progress", "stop"):
+    for name in ("about", "progress", "stop", "cancel"):
         setattr(worker, name, ray.method(concurrency_group="control")(getattr(worker, name)))
     return worker
 
@@ -252,11 +379,17 @@ def _someone_listens(address: str) -> None:
     if not colon or not port.isdecimal():
         return  # 'auto', or what Ray makes of it
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        _reach(f"{host}:{port}", CONNECT_SECONDS)
     except (OSError, OverflowError) as error:
         raise ExecutorError(
             f"cannot reach the Ray cluster at {address}: {error}; does `ray status --address {address}` find it?"
         ) from None
+
+
+def _reach(address: str, seconds: float) -> None:
+    """Whether somebody listens at `host:port`. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
 
 
 def _token_there() -> bool:

@@ -81,6 +81,11 @@ class Gene(ABC):
         """A legal value between two legal ones; by default one of the two."""
         return one if rng.random() < 0.5 else other
 
+    @property
+    def span(self) -> float:
+        """The largest distance between the codes of two values, summed over their numbers."""
+        return 1.0
+
     @abstractmethod
     def encode(self, value: Any) -> list[float]:
         """The value as `width` numbers in [0, 1]."""
@@ -90,9 +95,9 @@ class Gene(ABC):
         """The value nearest to `width` numbers in [0, 1]; the inverse of `encode` on its results."""
 
     def distance(self, one: Any, other: Any) -> float:
-        """How far two legal values are apart, from 0 (equal) to 1."""
+        """How far two legal values are apart, from 0 (equal) to 1: the distance of their codes as a share of `span`."""
         gaps = [abs(a - b) for a, b in zip(self.encode(one), self.encode(other), strict=True)]
-        return sum(gaps) / len(gaps)
+        return min(1.0, sum(gaps) / self.span)
 
     @abstractmethod
     def neighbours(self, value: Any) -> list[Any]:

@@ -30,6 +30,11 @@ class ChoiceGene(Gene):
     def cardinality(self) -> float:
         return len(self.items)
 
+    @property
+    def span(self) -> float:
+        # Without an order two items are equal or not: one number falls from 1 to 0, another one rises.
+        return 1.0 if self.ordered else 2.0
+
     @cached_property
     def _places(self) -> dict[str, int]:
         return {canonical_json(item): place for place, item in enumerate(self.items)}
@@ -71,9 +76,6 @@ class ChoiceGene(Gene):
             unit = min(1.0, max(0.0, float(units[0])))
             return self.items[math.floor(unit * (len(self.items) - 1) + 0.5)]
         return self.items[int(np.argmax(units))]
-
-    def distance(self, one: Any, other: Any) -> float:
-        return super().distance(one, other) if self.ordered else float(self.index(one) != self.index(other))
 
     def summary(self) -> str:
         return shown(list(self.items), 60)[1:-1] + (", ordered" if self.ordered else "")

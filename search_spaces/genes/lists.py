@@ -59,6 +59,10 @@ class ListGene(Gene):
         except OverflowError:
             return math.inf
 
+    @property
+    def span(self) -> float:
+        return self.item.span * self.longest
+
     def problem(self, value: Any) -> str | None:
         if not isinstance(value, list):
             return f"must be a list, is {shown(value)}"

@@ -37,6 +37,10 @@ class SimplexGene(Gene):
         pinned = len(free) < 2 or sum(self.floor) > 1 - 1e-9 or sum(self.ceiling) < 1 + 1e-9
         return 1 if pinned else math.inf
 
+    @property
+    def span(self) -> float:
+        return 2.0  # total variation: the share of the data that would have to come from elsewhere
+
     @cached_property
     def bounds(self) -> tuple[simplex.Weights, simplex.Weights]:
         """Floors and ceilings as arrays."""
@@ -103,10 +107,6 @@ class SimplexGene(Gene):
 
     def normal(self, value: Any) -> dict[str, float]:
         return self.decode(self.encode(value))
-
-    def distance(self, one: Any, other: Any) -> float:
-        # Total variation: the share of the data that would have to come from elsewhere.
-        return float(np.abs(self._weights(one) - self._weights(other)).sum()) / 2
 
     def summary(self) -> str:
         low, high = (f"{min(ends):g}" if len(set(ends)) == 1 else "own" for ends in (self.floor, self.ceiling))

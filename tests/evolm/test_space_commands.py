@@ -107,12 +107,26 @@ def test_a_space_that_extends_another_is_searched(evolm, space_file: Path, cache
 def test_somebody_elses_trainer_has_keys_of_its_own(evolm) -> None:
     assert evolm("init", "mine.yaml", "--template", "command").code == 0
     settings = load_space(Path("mine.yaml")).settings
-    assert settings.command == ("python", "my_train.py") and settings.objectives == {"loss": "min"}
-    said = evolm("search", "mine.yaml")
-    assert said.code == 2 and "`trial.command` is read and checked, but this version does not run it yet" in said.err
+    assert settings.command == ("python", "train_gpt.py")
     text = Path("mine.yaml").read_text()
-    Path("mine.yaml").write_text(text.replace('["python", "my_train.py"]', "[]"))
+    Path("mine.yaml").write_text(text.replace('["python", "train_gpt.py"]', "[]"))
     assert "trial.command: " in evolm("validate", "mine.yaml").err
+
+
+def test_a_program_comes_with_the_space_that_names_it(evolm) -> None:
+    Path('my "own"').mkdir()
+    said = evolm("init", 'my "own"/mine.yaml', "--template", "command")
+    assert said.code == 0 and 'my "own"/mine.yaml and my "own"/train_gpt.py: change what is yours' in said.out
+    assert load_space(Path('my "own"/mine.yaml')).settings.command == ("python", 'my "own"/train_gpt.py')
+    assert Path('my "own"/train_gpt.py').read_text() == (ROOT / "evolm/examples/train_gpt.py").read_text()
+    assert "evolm/examples" not in Path('my "own"/mine.yaml').read_text()
+
+
+def test_a_program_that_is_there_is_never_written_over(evolm) -> None:
+    Path("train_gpt.py").write_text("mine")
+    said = evolm("init", "mine.yaml", "--template", "command")
+    assert said.code == 2 and "train_gpt.py: exists already; name another file, or remove it" in said.err
+    assert Path("train_gpt.py").read_text() == "mine" and not Path("mine.yaml").exists()
 
 
 # --- init -------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ SMALL = {
     "cpu": ("tokens: [500K, 4M], eta: 3", "tokens: [8K, 32K]"),
     "data_mix": ("tokens: [2M, 8M]", "tokens: [8K, 32K]"),
     "gpt2_small": ("tokens: [160M, 2560M]", "tokens: [1K, 2K]"),
+    "command": ("tokens: [100K, 400K]", "tokens: [4K, 16K]"),
 }
 SMALLER_MODEL = {
     "gpt2_small": [
@@ -57,6 +58,11 @@ SMALLER_MODEL = {
         ("micro_batch_tokens: 32768", "micro_batch_tokens: 64"),
         ("gpus: 1", "gpus: 0"),
     ],
+    "command": [
+        ("evolm/examples", str(Path(__file__).parents[2] / "evolm/examples")),
+        ("{int: [64, 192], step: 32, baseline: 128}", "{int: [32, 64], step: 32, baseline: 64}"),
+        ("{int: [2, 6], baseline: 4}", "{int: [1, 2], baseline: 1}"),
+    ],
     "data_mix": [("vocab_size: 4096", "vocab_size: 300"), ("sequence_length: 256", "sequence_length: 32")],
     "cpu": [
         ("{choice: [2048, 4096, 8192], ordered: true, baseline: 4096}", "{choice: [280, 300]}"),
@@ -68,7 +74,7 @@ SMALLER_MODEL = {
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("python-text")
-@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem != "command"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
 def test_is_searched(
     path: Path, evolm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words_corpus: Path, python_cache: Path
 ) -> None:
@@ -86,6 +92,7 @@ def test_is_searched(
     assert said.code == 0, said.err
     status = json.loads(evolm("status", "first", "--json").out)
     assert status["failures"] == {} and status["front"] >= 1 and sum(status["trials"].values()) == 4
+    assert status["trials"]["complete"] >= 1
 
 
 def make_corpora(folder: Path, words: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from evolm.errors import DataError, Leak, StorageError
+from evolm.errors import DataError, Leak
 from evolm.executors.base import Job, Outcome, TrialProgress
 from evolm.run_folder import latest_checkpoint, rung_checkpoint
 from evolm.worker import Context, run_recipe
@@ -38,7 +38,7 @@ def make(tmp_path: Path, words_corpus: Path, cache: Path) -> Make:
         context = Context(cache=str(cache), roots=[], documents=changes.pop("documents", {}), target=None)
         values = {"rung": 0, "top": True, "tokens": 1024, **changes}
         return Job(
-            trial=1, attempt=1, genome=genome, seed=0, folder=str(tmp_path / "1"), context=context.as_dict(), **values
+            trial=1, lease=1, genome=genome, seed=0, folder=str(tmp_path / "1"), context=context.as_dict(), **values
         )
 
     return make_job
@@ -135,7 +135,6 @@ def test_what_training_raises(
     job = make()
     outcome = run(job)
     assert (outcome.kind, outcome.reason) == (kind, reason)
-    if kind == "fatal":
-        assert isinstance(outcome.error, StorageError)
+    assert outcome.fatal == ("storage" if kind == "fatal" else None)
     if reason == "crashed":
         assert "Traceback" in (Path(job.folder) / "error.log").read_text()

@@ -1,71 +1,17 @@
-"""Guards the ledger: what its events add up to, that it only ever grows, and that what was acknowledged is there after
-a kill, after a full disk, and for every reader.
-"""
+"""Guards what a ledger remembers: what events add up to, that nothing is told twice, and that it only ever grows."""
 
 import json
 import random
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 
 import pytest
+from histories import happen, one_more, propose, rows, tell
 
 from fitness.errors import StorageError
 from fitness.ledger import Ledger
 from fitness.trial import REASONS, STATES
 from search_spaces import Genome
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "ledger.db"
-
-
-@pytest.fixture
-def ledger(path):
-    with closing(Ledger.create(path, {"seed": 7, "rungs": [1e6, 4e6]})) as created:
-        yield created
-
-
-def propose(ledger, **options):
-    number = len(ledger.trials)
-    return ledger.propose(Genome.of({"x": number}), **{"operator": "random", "seen": ledger.seq, **options})
-
-
-def tell(ledger, trial, rung, *, top=False, loss=1.0):
-    if ledger.trials[trial].state in ("proposed", "paused") and rung > ledger.trials[trial].rung:
-        ledger.start(trial, rung, {"pid": 1})
-    return ledger.result(trial, rung, tokens=10.0**rung, metrics={"loss": loss}, flops=100, seconds=2, top=top)
-
-
-def happen(ledger, trial, *events):
-    """Let a trial go through some events, each one word."""
-    for event in events:
-        rung = ledger.trials[trial].rung + 1
-        match event:
-            case "start":
-                ledger.start(trial, rung, {"pid": 1})
-            case "result" | "top":
-                tell(ledger, trial, rung, top=event == "top")
-            case "lost":
-                ledger.fail(trial, "lost", "node went away", flops=5, seconds=1, final=False)
-            case "crash":
-                ledger.fail(trial, "crashed", "a bug", flops=5, seconds=1)
-            case "infeasible":
-                ledger.infeasible(trial, "no such shape")
-            case "stop":
-                ledger.stop(trial)
-    return ledger.trials[trial]
-
-
-def rows(path):
-    """Everything in the file but when it was written."""
-    with closing(sqlite3.connect(path)) as connection:
-        trials = connection.execute("SELECT id, digest, genome, parents, operator, seen FROM trials ORDER BY id")
-        events = connection.execute("SELECT seq, trial, kind, rung, body FROM events ORDER BY seq")
-        return trials.fetchall(), events.fetchall()
-
 
 # --- trials and what happens to them ----------------------------------------------------------------------------------
 
@@ -178,7 +124,7 @@ def test_a_result_that_was_told_before_is_not_written_again(ledger, path, rung):
 def test_the_database_itself_refuses_a_second_result(ledger, path):
     happen(ledger, propose(ledger).id, "result")
     with closing(sqlite3.connect(path)) as connection, pytest.raises(sqlite3.IntegrityError):
-        connection.execute("INSERT INTO events VALUES (9, 1, 'result', 0, '{}', 0, '')")
+        connection.execute("INSERT INTO events VALUES (9, 1, 'result', 0, '{}', 0, 0, NULL, '')")
 
 
 def test_the_database_itself_refuses_a_genome_twice(ledger):
@@ -208,22 +154,6 @@ def test_a_retry_that_works_leaves_no_trace_of_the_failure(ledger):
 
 
 # --- a long history ---------------------------------------------------------------------------------------------------
-
-NEXT = {
-    "proposed": ["start", "start", "stop"],
-    "running": ["result", "result", "top", "lost", "crash", "infeasible"],
-    "paused": ["start", "start", "stop"],
-}
-
-
-def one_more(ledger, rng):
-    """Something that can happen next, to some trial or to a new one."""
-    going = ledger.in_state("proposed", "running", "paused")
-    if not going or rng.random() < 0.2:
-        propose(ledger)
-    else:
-        trial = rng.choice(going)
-        happen(ledger, trial.id, rng.choice(NEXT[trial.state]))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -268,16 +198,84 @@ def test_trials_that_were_proposed_later_are_not_known_before(ledger):
     assert [trial.id for trial in ledger.as_of(0, before=3)] == [1, 2]
 
 
-# --- sessions ---------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_session_lasts_from_its_opening_to_its_last_event(ledger):
+def test_failures_since_the_last_result_are_counted_by_reason(ledger):
+    trial = propose(ledger).id
+    for reason in ("lost", "oom", "lost", "interrupted"):
+        ledger.start(trial, 0, {})
+        ledger.fail(trial, reason, final=False)
+    assert ledger.trials[trial].failures == {"lost": 2, "oom": 1}
+    assert tell(ledger, trial, 0).failures == {}
+    assert "failures" not in ledger.trials[trial].as_dict()
+
+
+def test_a_trial_that_is_looked_at_later_is_not_changed_by_what_happens(ledger):
+    before = happen(ledger, propose(ledger).id, "start", "lost")
+    happen(ledger, 1, "start", "lost")
+    assert before.failures == {"lost": 1}
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def test_trials_in_some_states_come_by_number_whenever_they_got_there(ledger):
+    for _ in range(4):
+        propose(ledger)
+    for trial in (3, 1, 4):
+        happen(ledger, trial, "start")
+    happen(ledger, 4, "result")
+    assert [trial.id for trial in ledger.in_state("running")] == [1, 3]
+    assert [trial.id for trial in ledger.in_state("paused", "running", "running")] == [1, 3, 4]
+    assert ledger.in_state("complete") == ledger.in_state() == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_trial_is_in_the_one_state_that_it_says(ledger, path, seed):
+    rng = random.Random(seed)
+    for _ in range(80):
+        one_more(ledger, rng)
+    with closing(Ledger.open(path)) as again:
+        for one in (ledger, again):
+            for state in STATES:
+                assert one.in_state(state) == [trial for trial in one.trials.values() if trial.state == state]
+
+
+def test_a_history_of_no_trials(ledger):
+    propose(ledger)
+    assert ledger.as_of(0, before=1) == ledger.as_of(0, before=0) == ()
+
+
+# --- sessions and clocks ----------------------------------------------------------------------------------------------
+
+
+class Clocks:
+    """The clock on the wall, which anybody may set, and the one that only goes forward."""
+
+    def __init__(self, monkeypatch):
+        self.wall, self.steady = 1_700_000_000.0, 50.0
+        monkeypatch.setattr("fitness.ledger.time.time", lambda: self.wall)
+        monkeypatch.setattr("fitness.ledger.time.monotonic", lambda: self.steady)
+
+    def pass_(self, seconds):
+        self.wall, self.steady = self.wall + seconds, self.steady + seconds
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    return Clocks(monkeypatch)
+
+
+def test_a_session_lasts_from_its_opening_to_its_last_event(ledger, clocks):
     ledger.open_session({"host": "a", "pid": 1})
+    clocks.pass_(2.5)
     happen(ledger, propose(ledger).id, "start", "top")
+    clocks.pass_(100)
     (session,) = ledger.sessions()
-    times = ledger.times()
-    assert list(times) == [1, 2, 3]
-    assert session == {"host": "a", "pid": 1, "began": times[1], "ended": times[3], "why": None}
+    times = {"began": 1_700_000_000.0, "ended": 1_700_000_002.5, "seconds": 2.5}
+    assert session == {"host": "a", "pid": 1, **times, "why": None}
+    assert ledger.times() == {1: 1_700_000_000.0, 2: 1_700_000_002.5, 3: 1_700_000_002.5}
 
 
 def test_each_controller_has_a_session_and_those_that_ended_in_order_say_why(ledger):
@@ -293,248 +291,38 @@ def test_a_session_is_no_event_of_any_trial(ledger):
     assert ledger.trials == {1: trial}
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def test_what_never_changes_is_kept(ledger, path):
-    with closing(Ledger.open(path)) as again:
-        assert again.meta == {"schema_version": 1, "seed": 7, "rungs": [1e6, 4e6]}
-
-
-def test_a_ledger_can_be_continued(ledger, path):
-    happen(ledger, propose(ledger).id, "start")
-    ledger.close()
-    with closing(Ledger.open(path, write=True)) as again:
-        assert happen(again, 1, "top").state == "complete"
-        assert propose(again).id == 2
-        assert again.seq == 2
-
-
-def test_a_ledger_in_memory_needs_no_file():
-    with closing(Ledger.create(None, {})) as ledger:
-        assert happen(ledger, propose(ledger).id, "start", "top").state == "complete"
-
-
-def test_every_event_is_on_the_disk_before_it_is_acknowledged(ledger, path):
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    # How thoroughly SQLite syncs is a setting of each connection: it cannot be seen from outside. 2 is FULL.
-    assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (2,)
-    ledger.close()
-    with closing(Ledger.open(path, write=True)) as again:
-        assert again._connection.execute("PRAGMA synchronous").fetchone() == (2,)
-
-
-def test_a_reader_sees_what_a_writer_has_written_so_far(ledger, path):
-    happen(ledger, propose(ledger).id, "start")
-    with closing(Ledger.open(path)) as reader:
-        assert reader.trials == ledger.trials
-        happen(ledger, 1, "top")
-        assert reader.trials[1].state == "running"
-    with closing(Ledger.open(path)) as reader:
-        assert reader.trials[1].state == "complete"
-
-
-def test_a_reader_does_not_hinder_the_writer(ledger, path):
-    with closing(Ledger.open(path)), closing(Ledger.open(path)):
-        assert happen(ledger, propose(ledger).id, "start", "top").state == "complete"
-
-
-def test_a_reader_changes_nothing(ledger, path):
-    happen(ledger, propose(ledger).id, "start")
-    ledger.close()
-    before = path.read_bytes()
-    with closing(Ledger.open(path)) as reader:
-        reader.sessions()
-        with pytest.raises(StorageError, match="attempt to write a readonly database"):
-            reader.stop(1)
-        assert reader.trials[1].state == "running"
-    assert path.read_bytes() == before
-
-
-def test_what_is_closed_cannot_be_written(ledger):
-    trial = propose(ledger)
-    ledger.close()
-    with pytest.raises(StorageError):
-        ledger.stop(trial.id)
-    assert ledger.trials[1].state == "proposed"
-
-
-# --- files that are not as they should be -----------------------------------------------------------------------------
-
-
-def opening(path, **options):
-    """The words with which a ledger cannot be opened, without its path."""
-    with pytest.raises(StorageError) as caught:
-        Ledger.open(path, **options)
-    assert caught.value.exit_code == 5
-    return str(caught.value).removeprefix(f"{path}: ")
-
-
-@pytest.fixture
-def large(ledger, path):
-    """The bytes of a ledger of some pages, closed."""
-    for number in range(150):
-        ledger.propose(Genome.of({"x": number, "text": "y" * 300}), operator="random", seen=0)
-    ledger.close()
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("write", [False, True])
-def test_a_missing_ledger(path, write):
-    assert opening(path, write=write) == "no ledger there"
-    assert not path.exists()
-
-
-def test_a_folder_is_no_ledger(tmp_path):
-    assert opening(tmp_path) == "no ledger there"
-
-
-def test_a_ledger_is_never_created_over_another(ledger, path):
+@pytest.mark.parametrize("jump", [-86_400, 86_400])
+def test_a_wall_clock_that_is_set_changes_no_seconds(ledger, clocks, jump):
+    ledger.open_session({})
+    clocks.pass_(3)
     propose(ledger)
-    with pytest.raises(StorageError, match="a ledger is already there"):
-        Ledger.create(path, {})
-    with closing(Ledger.open(path)) as again:
-        assert len(again.trials) == 1
+    happen(ledger, 1, "start")
+    clocks.wall += jump
+    clocks.pass_(4)
+    happen(ledger, 1, "top")
+    (session,) = ledger.sessions()
+    assert session["seconds"] == 7
+    assert session["ended"] - session["began"] == 7 + jump
+    assert ledger.worked() == {1: 0, 2: 3, 3: 7}
 
 
-def test_a_ledger_needs_its_folder(tmp_path):
-    with pytest.raises(StorageError, match="unable to open database file"):
-        Ledger.create(tmp_path / "missing" / "ledger.db", {})
-
-
-def test_another_file_is_no_ledger(path):
-    path.write_text("trial,loss\n1,3.2\n" * 300)
-    assert opening(path) == (
-        "file is not a database; the file is damaged or no ledger; `sqlite3 FILE .recover` can save what is readable"
-    )
-
-
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
-def test_a_ledger_that_was_cut_off(path, large, share):
-    path.write_bytes(large[: int(len(large) * share)])
-    assert opening(path) == (
-        "database disk image is malformed; the file is damaged or no ledger; "
-        "`sqlite3 FILE .recover` can save what is readable"
-    )
-
-
-@pytest.mark.parametrize("write", [False, True])
-def test_a_ledger_with_an_empty_page(path, large, write):
-    page = len(large) // 2 // 4096 * 4096
-    path.write_bytes(large[:page] + bytes(4096) + large[page + 4096 :])
-    assert "malformed" in opening(path, write=write)
-
-
-def test_a_ledger_of_another_version(path, monkeypatch):
-    monkeypatch.setattr("fitness.ledger.SCHEMA_VERSION", 2)
-    Ledger.create(path, {}).close()
-    monkeypatch.undo()
-    assert opening(path) == "has schema version 2, this evolm reads 1"
-
-
-def test_meta_that_was_changed_by_hand_is_told(ledger, path):
+def test_work_adds_up_over_sessions_and_not_over_the_time_between(ledger, path, clocks):
+    ledger.open_session({})
+    clocks.pass_(10)
+    happen(ledger, propose(ledger).id, "start")
     ledger.close()
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE meta SET value = '8' WHERE key = 'seed'")
-    assert "seed is not what it was" in opening(path)
-
-
-# --- acknowledged is safe ---------------------------------------------------------------------------------------------
-
-WORK = """
-import resource, sys
-from pathlib import Path
-from fitness.errors import StorageError
-from fitness.ledger import Ledger
-from search_spaces import Genome
-
-ledger = Ledger.open(Path(sys.argv[1]), write=True)
-if len(sys.argv) > 2:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-try:
-    while True:
-        trial = ledger.propose(Genome.of({"x": len(ledger.trials)}), operator="random", seen=ledger.seq)
-        ledger.start(trial.id, 0, {"pid": 1})
-        ledger.result(trial.id, 0, tokens=1, metrics={"loss": 1 / trial.id}, flops=1, seconds=1, top=True)
-        print(trial.id, flush=True)
-except StorageError:
-    print("storage", flush=True)
-"""
-
-
-def worker(path, *limit):
-    command = [sys.executable, "-c", WORK, str(path), *map(str, limit)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def assert_complete(path, numbers):
-    with closing(Ledger.open(path)) as ledger:
-        for number in numbers:
-            trial = ledger.trials[number]
-            assert (trial.state, trial.metrics) == ("complete", {"loss": 1 / number})
-
-
-def test_a_kill_loses_nothing_that_was_acknowledged(ledger, path):
-    ledger.close()
-    acknowledged = []
-    for results in (1, 7, 40):
-        with worker(path) as process:
-            lines = [process.stdout.readline() for _ in range(results)]
-            process.kill()
-            lines += process.stdout.readlines()
-        assert process.returncode == -9
-        acknowledged += [int(line) for line in lines if line.endswith("\n")]
-        assert_complete(path, acknowledged)
-    assert len(acknowledged) >= 48
-
-
-def test_a_disk_that_takes_no_more_loses_nothing_that_was_acknowledged(ledger, path):
-    ledger.close()
-    with worker(path, 200_000) as process:
-        *told, last = process.stdout.read().split()
-    assert last == "storage"
-    assert len(told) > 5
-    assert_complete(path, map(int, told))
+    clocks.pass_(5_000)
     with closing(Ledger.open(path, write=True)) as again:
-        assert propose(again).id == len(again.trials)
+        happen(again, 1, "lost")
+        again.open_session({})
+        clocks.pass_(1)
+        happen(again, 1, "stop")
+        assert again.worked() == {1: 0, 2: 10, 3: 10, 4: 10, 5: 11}
+        assert [session["seconds"] for session in again.sessions()] == [10, 1]
 
 
-# --- what a failing disk changes --------------------------------------------------------------------------------------
-
-
-def test_no_flipped_bit_is_believed(path, large):
-    """Wherever a bit flips: the ledger is told to be damaged, or reads as it was (the bit was in unused space)."""
-    path.write_bytes(large)
-    with closing(Ledger.open(path)) as whole:
-        before = (whole.trials, whole.seq, whole.meta)
-    for position in random.Random(0).sample(range(len(large)), 150):
-        changed = bytearray(large)
-        changed[position] ^= 1 << position % 8
-        path.write_bytes(bytes(changed))
-        try:
-            with closing(Ledger.open(path)) as read:
-                assert (read.trials, read.seq, read.meta) == before
-        except StorageError as error:
-            assert str(path) in str(error)
-
-
-def test_a_hole_of_zeros_is_told(path, large):
-    middle = len(large) // 2 + 100
-    path.write_bytes(large[:middle] + bytes(8192) + large[middle + 8192 :])
-    assert "the file is damaged" in opening(path)
-
-
-def test_a_reader_sees_one_moment_while_a_writer_works(path, ledger):
-    for _ in range(30):
-        happen(ledger, propose(ledger).id, "start", "result")
-        with closing(Ledger.open(path)) as reader:
-            assert reader.trials == ledger.trials and reader.seq == ledger.seq
-
-
-def test_reading_what_nobody_writes_leaves_nothing_beside_it(path):
-    with closing(Ledger.create(path, {})) as ledger:
-        happen(ledger, propose(ledger).id, "start", "result")
-    with closing(Ledger.open(path)) as reader:
-        assert len(reader.trials) == 1
-    assert [file.name for file in path.parent.iterdir()] == ["ledger.db"]
+def test_what_happens_outside_of_any_session_takes_no_time(ledger, clocks):
+    happen(ledger, propose(ledger).id, "start")
+    clocks.pass_(9)
+    happen(ledger, 1, "top")
+    assert (ledger.sessions(), ledger.worked()) == ([], {1: 0, 2: 0})

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from search_spaces import Genome, Space, SpaceError
+from search_spaces.distances import Distances
 from search_spaces.genome import difference, get
 
 properties = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -203,6 +204,16 @@ def test_distance_is_between_0_and_1_and_the_same_both_ways(space, seed):
 
 @properties
 @given(spaces(), seeds)
+def test_distances_to_many_genomes_are_those_to_each(space, seed):
+    rng = generator(seed)
+    one, many = space.sample(rng), [space.sample(rng) for _ in range(6)]
+    many.append(one)
+    assert Distances(space, many).to(one) == pytest.approx([space.distance(one, other) for other in many], abs=1e-12)
+    assert Distances(space, many).to(one)[-1] == 0
+
+
+@properties
+@given(spaces(), seeds)
 def test_the_difference_to_a_child_names_what_changed(space, seed):
     rng = generator(seed)
     parent = space.sample(rng)
@@ -349,6 +360,42 @@ def test_a_gene_that_sleeps_has_no_neighbours_and_no_say():
 def test_a_gene_that_is_active_in_only_one_counts_as_different():
     space = Space.from_dict(MOE)
     assert space.distance(space.complete({"ffn": "swiglu"}), space.complete({"ffn": "moe"})) == 1
+
+
+def test_a_distance_is_the_mean_of_what_each_gene_says():
+    space = Space.from_dict(
+        {
+            "rate": {"float": [1e-4, 1e-2], "log": True},
+            "width": {"int": [0, 100]},
+            "batch": {"choice": [1, 2, 4, 8, 16], "ordered": True},
+            "ffn": {"choice": ["swiglu", "gelu", "moe"]},
+            "experts": {"int": [2, 9], "when": "ffn == 'moe'", "default": 0},
+            "mix": {"simplex": ["web", "code", "books"]},
+            "layers": {"int": [1, 4]},
+            "heads": {"list": {"choice": [2, 4, 8]}, "length": "layers"},
+        }
+    )
+    one = space.complete(
+        {
+            **{"rate": 1e-3, "width": 20, "batch": 2, "ffn": "gelu", "mix": {"web": 0.5, "code": 0.3, "books": 0.2}},
+            **{"layers": 2, "heads": [2, 4]},
+        }
+    )
+    other = space.complete(
+        {
+            **{"rate": 1e-2, "width": 30, "batch": 8, "ffn": "moe", "mix": {"web": 0.4, "code": 0.2, "books": 0.4}},
+            **{"experts": 5, "layers": 4, "heads": [2, 8, 2, 2]},
+        }
+    )
+    expected = (0.5 + 0.1 + 0.5 + 1 + 1 + 0.2 + 2 / 3 + 3 / 4) / 8
+    assert space.distance(one, other) == pytest.approx(expected)
+    assert Distances(space, [other, one]).to(one) == pytest.approx([expected, 0])
+
+
+def test_a_space_without_genes_has_no_distances_but_zero():
+    space = Space.from_dict({"a": 1})
+    assert list(Distances(space, [space.baseline]).to(space.baseline)) == [0]
+    assert Distances(space, []).to(space.baseline).shape == (0,)
 
 
 # --- mutation and crossover -------------------------------------------------------------------------------------------

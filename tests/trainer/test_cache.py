@@ -63,7 +63,18 @@ def test_a_folder_is_built_once(tmp_path):
     assert first == second == tmp_path / "things" / "key"
     assert (first / "content").read_text() == "content"
     assert len(built) == 1
-    assert entries(tmp_path) == ["things/key", "things/key/content"]
+    assert entries(tmp_path) == ["things/key", "things/key/content", "things/key/contents.json"]
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_text("cont")])
+@pytest.mark.parametrize("name", ["content", "contents.json"])
+def test_a_folder_that_is_not_whole_any_more_is_built_again(tmp_path, name, harm):
+    folder = cached_folder(tmp_path, "things", "key", fill)
+    if name == "contents.json":
+        harm = lambda file: file.write_text("{")  # noqa: E731  # without that file, a folder is taken as it is
+    harm(folder / name)
+    again = cached_folder(tmp_path, "things", "key", fill)
+    assert again == folder and (folder / "content").read_text() == "content"
 
 
 def test_other_keys_and_kinds_are_other_folders(tmp_path):
@@ -90,7 +101,7 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path, erro
         cached_folder(tmp_path, "things", "key", fail)
     assert entries(tmp_path) == []
     cached_folder(tmp_path, "things", "key", fill)
-    assert entries(tmp_path) == ["things/key", "things/key/content"]
+    assert entries(tmp_path) == ["things/key", "things/key/content", "things/key/contents.json"]
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from search_spaces.genome import canonical_json
+
+CONTENTS = "contents.json"
+"""Names every file of a folder with its bytes."""
 
 FORMAT = 1
 """Goes into every key: a change of what is stored makes a new cache entry instead of misreading an old one."""
@@ -34,15 +38,15 @@ def default_cache() -> Path:
 
 
 def cached_folder(cache: Path, kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder `cache/kind/key`, built by `build(temporary folder)` when it is not there yet.
+    """The folder `cache/kind/key`, built by `build(temporary folder)` when it is not there yet, or not whole any more.
 
     Processes that want the same folder wait for the one that builds it. A build that fails leaves nothing behind.
     """
     folder = cache / kind / key
-    if folder.is_dir():
+    if _whole(folder):
         return folder
     with _locked(cache / "locks" / f"{kind}-{key}"):
-        if folder.is_dir():
+        if _whole(folder):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(f"{key}.tmp-*"):  # by builders that were killed: we hold their lock
@@ -51,10 +55,27 @@ def cached_folder(cache: Path, kind: str, key: str, build: Callable[[Path], None
         temporary.mkdir()
         try:
             build(temporary)
+            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            (temporary / CONTENTS).write_text(json.dumps(sizes))
+            shutil.rmtree(folder, ignore_errors=True)  # what was not whole
             os.rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder holds every file that was built, none of them cut short. (Older folders do not tell.)"""
+    if not folder.is_dir():
+        return False
+    contents = folder / CONTENTS
+    if not contents.is_file():
+        return True
+    try:
+        sizes: dict[str, int] = json.loads(contents.read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Programs that `evolm init` writes beside a space file, to start from."""

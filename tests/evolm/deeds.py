@@ -1,0 +1,121 @@
+"""Trials that do what their genome says, for tests of executors: other processes can import this module."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from evolm.executors.base import Job, Limits, Outcome, Tell, TrialProgress
+
+LEASES = itertools.count(1)
+
+
+def runner(job: Job, tell: Tell) -> Outcome:
+    deed = job.genome["deed"]
+    return DEEDS[deed](job, tell)
+
+
+def job(trial: int, deed: str = "answer", *, limits: Limits | None = None, folder: str = "unused") -> Job:
+    genome = {"deed": deed, "n": float(trial)}
+    return Job(
+        trial=trial,
+        lease=next(LEASES),
+        rung=0,
+        top=True,
+        tokens=1,
+        genome=genome,
+        seed=0,
+        folder=folder,
+        limits=limits or Limits(),
+    )
+
+
+def answer(job: Job, tell: Tell) -> Outcome:
+    return job.told({"answer": job.genome["n"], "pid": os.getpid()})
+
+
+def work_until_told_to_stop(job: Job, tell: Tell) -> Outcome:
+    steps = 0
+    while True:
+        steps += 1
+        if not tell(TrialProgress(trial=job.trial, tokens=steps, total_tokens=9, loss=1.0, flops=7.0 * steps)):
+            return job.failed("interrupted", "saved", seconds=1.0)
+        time.sleep(0.001)
+
+
+def hang(job: Job, tell: Tell) -> Outcome:
+    tell(TrialProgress(trial=job.trial, tokens=3, total_tokens=9, flops=21.0))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        signal.pause()
+
+
+def die(job: Job, tell: Tell) -> Outcome:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def die_of_a_fault(job: Job, tell: Tell) -> Outcome:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError
+
+
+def leave(job: Job, tell: Tell) -> Outcome:
+    sys.exit(7)
+
+
+def kill_the_worker(job: Job, tell: Tell) -> Outcome:
+    """The process above the cell: the actor."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    return hang(job, tell)
+
+
+def stop_the_worker(job: Job, tell: Tell) -> Outcome:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    return hang(job, tell)
+
+
+def fork_and_hang(job: Job, tell: Tell) -> Outcome:
+    """Children in every way of getting out of sight: in the group, in a session of their own, without parents."""
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
+    python = [sys.executable, "-S", "-E", "-c"]
+    subprocess.Popen([*python, stubborn])
+    subprocess.Popen([*python, stubborn], start_new_session=True)
+    orphaning = f"import subprocess, sys; subprocess.Popen([*{python!r}, {stubborn!r}], start_new_session=True)"
+    subprocess.run([*python, orphaning], check=True)
+    Path(job.folder, "forked").touch()
+    return hang(job, tell)
+
+
+def eat_memory(job: Job, tell: Tell) -> Outcome:
+    eaten = []
+    while True:
+        eaten.append(b"x" * 2**20)
+        tell(TrialProgress(trial=job.trial, tokens=len(eaten), total_tokens=2**16))
+
+
+def tell_no_numbers(job: Job, tell: Tell) -> Outcome:
+    return job.told({"answer": object()})  # type: ignore[dict-item]
+
+
+DEEDS = {
+    function.__name__.replace("_", " "): function
+    for function in (
+        answer,
+        work_until_told_to_stop,
+        hang,
+        die,
+        die_of_a_fault,
+        leave,
+        kill_the_worker,
+        stop_the_worker,
+        fork_and_hang,
+        eat_memory,
+        tell_no_numbers,
+    )
+}
