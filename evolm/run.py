@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from evolm.config import SpaceFile, load_space
 from evolm.errors import UsageError
 from evolm.retention import checkpoint_bytes
@@ -16,7 +18,7 @@ from evolm.search import comparable, front_of
 from evolm.settings import Settings
 from fitness.ledger import Ledger
 from fitness.objectives import Objective, minimised, read_objectives
-from fitness.pareto import Normaliser, knee
+from fitness.pareto import Normaliser, Points, knee
 from fitness.trial import Trial
 from search_spaces.genes import NumberGene
 from trainer import cost
@@ -131,18 +133,34 @@ class Run:
 
         Objectives are mapped to [0, 1] by the range of the first results (costs logarithmically); the reference is 1.1.
         """
+        told, points = self._compared()
+        volumes: list[tuple[Trial, float]] = []
+        front = points[:0]
+        for trial, point in zip(told, points, strict=True):
+            if len(front) == 0 or not (front <= point).all(axis=1).any():
+                front = np.vstack([front[~(point <= front).all(axis=1)], point])
+                volume = self._hypervolume_of(front, points)
+            volumes.append((trial, volume))
+        return volumes
+
+    @property
+    def hypervolume(self) -> float:
+        """The normalised hypervolume of the front; 0 before there is one."""
+        _, points = self._compared()
+        return self._hypervolume_of(points, points) if len(points) else 0.0
+
+    def _compared(self) -> tuple[list[Trial], Points]:
+        """The trials of the highest rung in the order in which they came, and their objectives."""
         told = sorted(comparable(self.trials()), key=lambda trial: trial.rungs[-1].seq)
-        if not told:
-            return []
-        points = minimised([trial.metrics for trial in told], self.objectives)
+        return told, minimised([trial.metrics for trial in told], self.objectives)
+
+    def _hypervolume_of(self, points: Points, scale: Points) -> float:
         costs = [objective.metric in cost.NAMES for objective in self.objectives]
-        normaliser = Normaliser(points[:BOUNDS_FROM], costs)
-        return [(trial, normaliser.hypervolume(points[: i + 1])) for i, trial in enumerate(told)]
+        return Normaliser(scale[:BOUNDS_FROM], costs).hypervolume(points)
 
     def status(self) -> dict[str, Any]:
         """What `evolm status --json` prints."""
         trials = self.trials()
-        volumes = self.hypervolumes()
         running = [trial for trial in trials if trial.state == "running"] if self.folder.busy else []
         return {
             "schema_version": SCHEMA_VERSION,
@@ -151,7 +169,7 @@ class Run:
             "trials": dict(Counter(trial.state for trial in trials)),
             "failures": dict(Counter(str(trial.reason) for trial in trials if trial.state == "failed")),
             "front": len(self.front()),
-            "hypervolume": volumes[-1][1] if volumes else 0.0,
+            "hypervolume": self.hypervolume,
             "flops": sum(trial.flops for trial in trials),
             "seconds": sum(session["seconds"] for session in self.ledger.sessions()),
             "late": self.ledger.late,

@@ -52,8 +52,12 @@ def read_objectives(given: Mapping[str, str] | Sequence[str]) -> tuple[Objective
 
 def minimised(metrics: Sequence[Mapping[str, float]], objectives: Sequence[Objective]) -> NDArray[np.float64]:
     """The objectives of several trials with smaller better, shape (trials, objectives)."""
-    rows = [[objective.sign * float(one[objective.metric]) for objective in objectives] for one in metrics]
-    return np.array(rows, dtype=np.float64).reshape(len(rows), len(objectives))
+    points = np.empty((len(metrics), len(objectives)))
+    for column, objective in enumerate(objectives):
+        name = objective.metric
+        points[:, column] = np.fromiter((one[name] for one in metrics), np.float64, len(metrics))
+        points[:, column] *= objective.sign
+    return points
 
 
 def check_metrics(metrics: Mapping[str, float], objectives: Sequence[Objective]) -> dict[str, float]:

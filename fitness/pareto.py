@@ -34,6 +34,31 @@ def ranks(points: Points) -> NDArray[np.int64]:
     return np.asarray(moocore.pareto_rank(points), dtype=np.int64)
 
 
+def crowding(points: Points) -> NDArray[np.float64]:
+    """The crowding distance of each point: how far apart its neighbours are, over the range, summed over objectives;
+    infinite at the ends (Deb et al. 2002, doi 10.1109/4235.996017, section III-B)."""
+    distance = np.zeros(len(points))
+    for column in points.T:
+        order = np.argsort(column, kind="stable")
+        span = column[order[-1]] - column[order[0]]
+        if span > 0:
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
+        distance[order[[0, -1]]] = np.inf
+    return distance
+
+
+def best(points: Points, count: int) -> NDArray[np.int64]:
+    """The positions of the best `count` points: by front number, and on the front that has to be cut by crowding
+    distance."""
+    fronts = ranks(points)
+    if len(points) <= count:
+        return np.argsort(fronts, kind="stable")
+    last = np.sort(fronts)[count - 1]
+    whole, edge = np.flatnonzero(fronts < last), np.flatnonzero(fronts == last)
+    spread = edge[np.argsort(-crowding(points[edge]), kind="stable")]
+    return np.concatenate([whole, spread[: count - len(whole)]])
+
+
 def hypervolume(points: Points, reference: Sequence[float]) -> float:
     """The volume that the points dominate up to the reference point; points beyond it add nothing."""
     if len(points) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -24,14 +25,14 @@ class History:
     objectives: tuple[Objective, ...]
     trials: tuple[Trial, ...]
 
-    @property
+    @cached_property
     def told(self) -> list[Trial]:
         """The trials that have told something and have not failed."""
         return [trial for trial in self.trials if trial.rungs and trial.state not in ("failed", "infeasible")]
 
     def points(self, trials: Sequence[Trial]) -> NDArray[np.float64]:
         """The objectives of trials with smaller better, shape (trials, objectives)."""
-        return minimised([trial.metrics for trial in trials], self.objectives)
+        return minimised([trial.rungs[-1].metrics for trial in trials], self.objectives)
 
 
 @dataclass(frozen=True, kw_only=True)

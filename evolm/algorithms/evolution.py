@@ -4,12 +4,13 @@ generation."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from deap import base, tools
 
 from evolm.algorithms.base import History, Proposal
-from fitness.pareto import ranks
+from fitness.pareto import best
 from fitness.trial import Trial
 from search_spaces.genes import Rng
 
@@ -19,9 +20,9 @@ SMALLEST_START, LARGEST_START = 6, 20
 class _Candidate:
     """A trial as DEAP's selection wants it. Its fitness class is made per number of objectives, never registered."""
 
-    def __init__(self, trial: Trial, values: list[float], fitness: type[base.Fitness]) -> None:
+    def __init__(self, trial: Trial, values: list[float], fitness: Any) -> None:
         self.trial = trial
-        self.fitness = fitness(values)
+        self.fitness: Any = fitness(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +57,19 @@ class Nsga2:
     def survivors(self, history: History) -> list[Trial]:
         """The population, best first."""
         told = history.told
-        weights = (-1.0,) * len(history.objectives)
-        fitness = type("Fitness", (base.Fitness,), {"weights": weights})
+        fitness: Any = type("Fitness", (base.Fitness,), {"weights": (-1.0,) * len(history.objectives)})
+        heights = np.array([trial.rung for trial in told])
         ranked: list[Trial] = []
-        for rung in sorted({trial.rung for trial in told}, reverse=True):
-            group = [trial for trial in told if trial.rung == rung]
+        for rung in np.unique(heights)[::-1]:
+            group = [told[i] for i in np.flatnonzero(heights == rung)]
             points = history.points(group)
-            front = ranks(points)
-            # DEAP sorts in Python, in quadratic time: it gets only the fronts from which it can choose.
-            last = np.sort(front)[min(len(group), self.population - len(ranked)) - 1]
-            candidates = [_Candidate(group[i], list(points[i]), fitness) for i in np.flatnonzero(front <= last)]
+            room = self.population - len(ranked)
+            # DEAP sorts in Python, in quadratic time: it gets as many as there is room for, and no more.
+            candidates = [_Candidate(group[i], list(points[i]), fitness) for i in best(points, room)]
             ranked += [candidate.trial for candidate in tools.selNSGA2(candidates, len(candidates))]
             if len(ranked) >= self.population:
                 break
-        return ranked[: self.population]
+        return ranked
 
 
 def _tournament(ranked: list[Trial], rng: Rng) -> Trial:

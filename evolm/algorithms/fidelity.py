@@ -67,9 +67,12 @@ def next_promotion(
     adds most hypervolume to them, with objectives as ranks among all that reached it. `always` is a trial that goes on
     whatever its rank and counts for nobody: the baseline.
     """
-    for rung in range(fidelity.top - 1, -1, -1):
-        reached = [trial for trial in trials if trial.rung >= rung and trial.state not in ("failed", "infeasible")]
-        waiting = {trial.id for trial in reached if trial.rung == rung and trial.state == "paused"}
+    good = [
+        (trial.rungs[-1].rung, trial) for trial in trials if trial.rungs and trial.state not in ("failed", "infeasible")
+    ]
+    for rung in sorted({height for height, trial in good if trial.state == "paused"}, reverse=True):
+        reached = [trial for height, trial in good if height >= rung]
+        waiting = {trial.id for height, trial in good if height == rung and trial.state == "paused"}
         if always in waiting:
             return next(trial for trial in reached if trial.id == always)
         quota = len(reached) // fidelity.eta

@@ -39,7 +39,9 @@ TELL_SECONDS = 0.1
 
 
 def name_of(runner: Runner) -> str:
-    """What a cell needs to find a runner: `module:function`."""
+    """What a cell needs to find a runner: `module:function`. Raises ValueError for one that cannot be imported."""
+    if runner.__module__ == "__main__" or "." in runner.__qualname__:
+        raise ValueError(f"{runner.__qualname__}: other processes can only import a function of a module")
     return f"{runner.__module__}:{runner.__qualname__}"
 
 

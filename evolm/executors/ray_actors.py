@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -354,7 +355,7 @@ def _connect(address: str | None) -> None:
         os.environ.setdefault(name, value)
     if address is not None:
         _someone_listens(address)
-        _use_token()
+        _use_token(address)
     import logging
 
     import ray
@@ -397,7 +398,19 @@ def _token_there() -> bool:
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(file).is_file()
 
 
-def _use_token() -> None:
-    """Ray refuses clients that have a token but were not told to use it, and says only that it could not connect."""
-    if "RAY_AUTH_MODE" not in os.environ and _token_there():
+def _use_token(address: str) -> None:
+    """A cluster that wants a token refuses clients that have one but were not told to use it, and a cluster without
+    lets clients in that use one, and then their actors die. Ray reads the mode once in a process, so another one asks
+    the cluster what it wants."""
+    if "RAY_AUTH_MODE" in os.environ or not _token_there():
+        return
+    where = [] if address == "auto" else ["--address", address.rpartition("://")[2]]
+    asked = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "health-check", *where],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    if "AuthenticationError" in asked.stderr + asked.stdout:
         os.environ["RAY_AUTH_MODE"] = "token"

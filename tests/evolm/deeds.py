@@ -48,6 +48,15 @@ def work_until_told_to_stop(job: Job, tell: Tell) -> Outcome:
         time.sleep(0.001)
 
 
+def work_a_while(job: Job, tell: Tell) -> Outcome:
+    until, steps = time.monotonic() + 0.5, 0
+    while time.monotonic() < until:
+        steps += 1
+        tell(TrialProgress(trial=job.trial, tokens=steps, total_tokens=steps + 1, flops=float(steps)))
+        time.sleep(0.01)
+    return job.told({"loss": job.genome["n"]}, flops=float(steps), seconds=0.5)
+
+
 def hang(job: Job, tell: Tell) -> Outcome:
     tell(TrialProgress(trial=job.trial, tokens=3, total_tokens=9, flops=21.0))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -108,6 +117,7 @@ DEEDS = {
     for function in (
         answer,
         work_until_told_to_stop,
+        work_a_while,
         hang,
         die,
         die_of_a_fault,

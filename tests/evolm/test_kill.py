@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import sqlite3
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +34,7 @@ def launch(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
@@ -76,6 +81,54 @@ def test_sigkill_loses_nothing_that_was_acknowledged(tmp_path: Path, space_file:
         return [(trial.digest, trial.metrics["bits_per_byte"]) for trial in ledger.trials.values()]
 
     assert told("first") == told("undisturbed")
+
+
+def test_thirty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """Promises G1, G3 and G5: what was acknowledged is there, once, and the search is the one that nobody disturbed."""
+    from killed_search import search
+
+    rng = random.Random(7)
+    folder, trials = tmp_path / "killed", 400
+    script = Path(__file__).with_name("killed_search.py")
+    ready = []
+    for _ in range(30):
+        began = time.monotonic()
+        known = events(folder)
+        process = subprocess.Popen([sys.executable, script, folder, str(trials)], start_new_session=True)
+        wait_for(lambda known=known: events(folder) > known + 1, process)
+        ready.append(time.monotonic() - began)
+        pause(rng.uniform(0, 0.15), process)
+        process.kill()
+        process.wait()
+    assert statistics.median(ready) < 5, ready
+    killed = search(folder, trials)
+    acknowledged = [line.split() for line in (folder / "acknowledged").read_text().splitlines()]
+    told = {(trial.id, rung.rung): rung.metrics["loss"] for trial in killed for rung in trial.rungs}
+    assert all(told[int(trial), int(rung)] == float(loss) for trial, rung, _, loss in acknowledged)
+    connection = sqlite3.connect(folder / "ledger.db")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert connection.execute("SELECT count(DISTINCT digest), count(*) FROM trials").fetchone() == (trials, trials)
+    assert connection.execute("SELECT count(*) FROM events WHERE kind = 'open'").fetchone() == (31,)
+    connection.close()
+    undisturbed = search(tmp_path / "undisturbed", trials)
+    assert [(t.digest, t.rung, t.metrics) for t in killed] == [(t.digest, t.rung, t.metrics) for t in undisturbed]
+    interrupted = sum(trial.attempts for trial in killed) - sum(trial.attempts for trial in undisturbed)
+    assert 5 < interrupted <= 30  # most kills came while a trial ran
+
+
+def events(folder: Path) -> int:
+    """The number of the last event of a run; 0 before there is one."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{folder / 'ledger.db'}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+def pause(seconds: float, process: subprocess.Popen[bytes]) -> None:
+    """Let a process go on for so long, or until it has ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
