@@ -83,7 +83,8 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
 
     torch.set_num_threads(context.threads)
     recipe = Recipe.model_validate(job.genome)
-    corpus = _corpus(recipe.model_dump_json(include={"data"}), context.cache, tuple(context.roots))
+    preparing = _Preparing(job, tell)
+    corpus = _corpus(recipe.model_dump_json(include={"data"}), context.cache, tuple(context.roots), preparing)
     _refuse_changed(corpus, context)
     with MetricsLog(Path(job.folder) / "metrics.jsonl") as log:
         record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, log, spent))
@@ -163,10 +164,28 @@ class _Reporter:
 
 
 @lru_cache(maxsize=64)
-def _corpus(data: str, cache: str, roots: tuple[str, ...]) -> Corpus:
+def _corpus(data: str, cache: str, roots: tuple[str, ...], preparing: _Preparing) -> Corpus:
     """A corpus stays open between the trials of a worker."""
     values = Data.model_validate_json(json.dumps(json.loads(data)["data"]))
-    return Corpus.open(values, Path(cache), [Path(root) for root in roots])
+    return Corpus.open(values, Path(cache), [Path(root) for root in roots], preparing)
+
+
+class _Preparing:
+    """Tells that a trial moves while its corpus is tokenised, which may take hours. To the cache of open corpora, all
+    are alike."""
+
+    def __init__(self, job: Job, tell: Tell) -> None:
+        self._job, self._tell, self._steps = job, tell, 0
+
+    def __call__(self) -> None:
+        self._steps += 1
+        self._tell(TrialProgress(trial=self._job.trial, prepared=self._steps))
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Preparing)
 
 
 def _refuse_changed(corpus: Corpus, context: Context) -> None:

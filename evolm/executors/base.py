@@ -97,7 +97,8 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialProgress:
-    """Where a running trial is. `flops` are those of this launch. Before it has said anything, all are zero."""
+    """Where a running trial is. `flops` are those of this launch, `prepared` counts steps before the first token. Before
+    it has said anything, all are zero."""
 
     trial: int
     tokens: int = 0
@@ -105,6 +106,7 @@ class TrialProgress:
     loss: float = 0.0
     tokens_per_second: float = 0.0
     flops: float = 0.0
+    prepared: int = 0
 
 
 Tell = Callable[[TrialProgress], bool]

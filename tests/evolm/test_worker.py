@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from evolm.errors import DataError, Leak
+from evolm.executors import fence
 from evolm.executors.base import Job, Outcome, TrialProgress
-from evolm.run_folder import latest_checkpoint, rung_checkpoint
+from evolm.run_folder import final_checkpoint, latest_checkpoint, rung_checkpoint, saves
 from evolm.worker import Context, run_recipe
 from trainer.cost import costs
 from trainer.recipe import Recipe
@@ -35,7 +36,8 @@ def make(tmp_path: Path, words_corpus: Path, cache: Path) -> Make:
             "model": {"d_model": 16, "n_layers": 1, "n_heads": 1, **changes.pop("model", {})},
             "train": {"batch_tokens": 128, "learning_rate": 5e-3, "warmup_steps": 2, **changes.pop("train", {})},
         }
-        context = Context(cache=str(cache), roots=[], documents=changes.pop("documents", {}), target=None)
+        shared = {"cache": str(cache), "documents": changes.pop("documents", {}), **changes.pop("context", {})}
+        context = Context(roots=[], target=None, **shared)
         values = {"rung": 0, "top": True, "tokens": 1024, **changes}
         return Job(
             trial=1, lease=1, genome=genome, seed=0, folder=str(tmp_path / "1"), context=context.as_dict(), **values
@@ -96,6 +98,55 @@ def test_a_torn_checkpoint_is_passed_over_in_words(make: Make) -> None:
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     outcome = run(make(rung=1, tokens=2048))
     assert outcome.kind == "result" and "content differs from its checksum" in outcome.message
+
+
+def test_of_several_saves_the_newest_that_is_whole_is_used(make: Make) -> None:
+    """A save is made after every step; the trial is stopped, and its last save is damaged."""
+    job = make(context={"keep_last": 3, "checkpoint_seconds": 0.0})
+    stopped = run_recipe(job, lambda progress: progress.tokens < 512)
+    latest, *older = saves(latest_checkpoint(job.folder))
+    assert [path.name for path in older] == ["latest-1", "latest-2"]
+    (latest / "optimizer.safetensors").unlink()
+    rest = run(job)
+    assert rest.kind == "result" and "not a complete checkpoint" in rest.message
+    per_token = costs(Recipe.model_validate(job.genome)).flops_per_token
+    assert rest.flops == per_token * (job.tokens - 384)  # from the save before, of one step less
+    assert stopped.flops == per_token * 512
+
+
+def test_a_trial_tells_that_it_moves_while_its_corpus_is_tokenised(make: Make, tmp_path: Path) -> None:
+    told: list[TrialProgress] = []
+
+    def tell(progress: TrialProgress) -> bool:
+        told.append(progress)
+        return True
+
+    job = make(context={"cache": str(tmp_path / "cache")})
+    assert run_recipe(job, tell).kind == "result"
+    prepared = [progress.prepared for progress in told if progress.tokens == 0]
+    assert prepared == list(range(1, 1 + len(prepared))) and len(prepared) >= 6  # two sources of three splits
+    told.clear()
+    assert run_recipe(job, tell).kind == "result"
+    assert all(progress.tokens for progress in told)  # the corpus is open
+
+
+def test_final_weights_are_saved_where_they_are_wanted(make: Make) -> None:
+    for keep in (False, True):
+        job = make(context={"keep_final": keep})
+        run(job)
+        assert final_checkpoint(job.folder).is_dir() == keep
+
+
+def test_a_launch_waits_for_the_one_before_it_and_gives_up_in_words(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fence, "FENCE_SECONDS", 0.0)
+    job = make()
+    with fence.fenced(Path(job.folder)):
+        outcome = run(job)
+    assert (outcome.kind, outcome.reason) == ("fail", "lost")
+    assert "an earlier launch of this trial is still at work there" in outcome.message
+    assert run(job).kind == "result"
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,15 @@ def test_a_new_one_takes_the_place_of_the_old_and_nothing_is_left_beside_it(save
     assert [path.name for path in saved.parent.iterdir()] == ["latest"]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_saves_are_kept_the_newest_under_its_own_name(trained, tmp_path, keep):
+    for samples in range(1, 6):
+        save_checkpoint(tmp_path / "latest", *trained, state(samples), keep=keep)
+    names = ["latest", "latest-1", "latest-2"][:keep]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [read_state(tmp_path / name).samples for name in names] == [5, 4, 3][:keep]
+
+
 def test_a_save_that_fails_leaves_the_old_one(saved, trained, fresh, monkeypatch):
     def full(content, path):
         raise SafetensorError("I/O error: No space left on device (os error 28)")  # what it really raises

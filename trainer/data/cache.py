@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,15 +38,18 @@ def default_cache() -> Path:
     return Path(platformdirs.user_cache_dir("evolm", appauthor=False))
 
 
-def cached_folder(cache: Path, kind: str, key: str, build: Callable[[Path], None]) -> Path:
+def cached_folder(
+    cache: Path, kind: str, key: str, build: Callable[[Path], None], tick: Callable[[], None] = lambda: None
+) -> Path:
     """The folder `cache/kind/key`, built by `build(temporary folder)` when it is not there yet, or not whole any more.
 
-    Processes that want the same folder wait for the one that builds it. A build that fails leaves nothing behind.
+    Processes that want the same folder wait for the one that builds it, and `tick` now and then meanwhile. A build that
+    fails leaves nothing behind.
     """
     folder = cache / kind / key
     if _whole(folder):
         return folder
-    with _locked(cache / "locks" / f"{kind}-{key}"):
+    with _locked(cache / "locks" / f"{kind}-{key}", tick):
         if _whole(folder):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +83,14 @@ def _whole(folder: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, tick: Callable[[], None]) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # released by the kernel when the file closes, also at a crash
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it also at a crash
+                break
+            except BlockingIOError:
+                tick()
+                time.sleep(0.05)
         yield

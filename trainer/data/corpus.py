@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,14 @@ class Corpus:
         self._folders = folders
 
     @classmethod
-    def open(cls, data: Data, cache: Path, roots: Roots = ()) -> Corpus:
-        """Read, split, tokenise: each step once per content, in the cache. Raises DataError."""
+    def open(cls, data: Data, cache: Path, roots: Roots = (), tick: Callable[[], None] = lambda: None) -> Corpus:
+        """Read, split, tokenise: each step once per content, in the cache. `tick` is called now and then while it is
+        tokenised. Raises DataError."""
         documents = {
             name: _documents(name, source, data.held_out, cache, roots) for name, source in data.sources.items()
         }
         tokenizer = open_tokenizer(data.tokenizer, documents, cache)
-        folders = {name: _tokens(one, tokenizer, cache) for name, one in documents.items()}
+        folders = {name: _tokens(one, tokenizer, cache, tick) for name, one in documents.items()}
         return cls(data, documents, tokenizer, folders)
 
     @property
@@ -110,11 +112,11 @@ def _documents(name: str, source: Source, held_out: HeldOut, cache: Path, roots:
         raise DataError(prefix + str(error).removeprefix(prefix)) from None
 
 
-def _tokens(documents: Documents, tokenizer: Tokenizer, cache: Path) -> Path:
+def _tokens(documents: Documents, tokenizer: Tokenizer, cache: Path, tick: Callable[[], None]) -> Path:
     def build(folder: Path) -> None:
         for split in SPLITS:
-            write_shard(folder, split, documents.split(split), tokenizer)
+            write_shard(folder, split, documents.split(split), tokenizer, tick)
         about = {"documents": documents.digest, "tokenizer": tokenizer.digest}
         (folder / "manifest.json").write_text(json.dumps(about, indent=1))
 
-    return cached_folder(cache, "tokens", digest_of("tokens", documents.digest, tokenizer.digest), build)
+    return cached_folder(cache, "tokens", digest_of("tokens", documents.digest, tokenizer.digest), build, tick)

@@ -6,7 +6,7 @@ The header names the tokenizer by its hash; opening the file with another tokeni
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,16 @@ class Shard:
         return np.diff(self.offsets)
 
 
-def write_shard(folder: Path, name: str, split: Split, tokenizer: Tokenizer) -> None:
-    """Tokenise one split; documents are encoded in batches of about a mebibyte of text."""
+def write_shard(
+    folder: Path, name: str, split: Split, tokenizer: Tokenizer, tick: Callable[[], None] = lambda: None
+) -> None:
+    """Tokenise one split; documents are encoded in batches of about a mebibyte of text, with a `tick` before each."""
     kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     lengths: list[int] = []
     with (folder / f"{name}.tokens").open("wb") as out:
         out.write(b"\0" * _HEADER.size)
         for batch in _batches(split):
+            tick()
             for ids in tokenizer.encode(batch):
                 out.write(np.array([BOS, *ids, EOS], dtype=kind).tobytes())
                 lengths.append(len(ids) + 2)
