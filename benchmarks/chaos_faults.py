@@ -1,21 +1,17 @@
-"""What chaos.py does to a search, and what it sees of it: faults, a supervisor that starts it anew whenever it ends,
-and counts taken from the lines that training writes. The same for every search that is watched."""
+"""What chaos.py does to a search: faults, when they happen, and which of its processes they hit."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import random
 import signal
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
@@ -28,46 +24,13 @@ OTHER_FAULTS = ("hang",)
 ENDING = ("kill", "term", "raylet", "gcs")
 """Kinds that take the controller with them, sooner or later."""
 
-STALL_SECONDS = 120.0
-"""After so long without a step of training anywhere, the supervisor kills the controller."""
+LOOK_SECONDS = 0.5
+"""How often the processes of a search are counted."""
 
-END_SECONDS = 90.0
-"""How long a search may take to end in order when its time is up."""
-
-GONE_SECONDS = 15.0
-"""How long its processes may take to go after that; what is left then are orphans."""
-
-HOPELESS = 5
-"""Controllers in a row that end by themselves without having trained anything: the search cannot go on."""
+WorkerOf = Callable[[psutil.Process], psutil.Process | None]
+"""The process of the Ray worker that a trial's process belongs to."""
 
 _GONE = (psutil.NoSuchProcess, psutil.AccessDenied, OSError)
-
-
-class Side(Protocol):
-    """A search that is watched."""
-
-    name: str
-    env: dict[str, str]
-    mark: str  # NAME=value in the environment of all of its processes
-
-    def command(self) -> list[str]:
-        """What starts it, or has it go on."""
-
-    def counts(self) -> list[Path]:
-        """The metrics.jsonl of every trial so far, in folders named by the trial's number."""
-
-    def acknowledged(self, output: str) -> dict[int, float]:
-        """The trials that it has called complete since it was last asked, and their bits per byte; `output` is what its
-        controller has printed since."""
-
-    def known(self) -> dict[int, float | None]:
-        """The trials that are done in its state on the disk, and their bits per byte; None for those that failed."""
-
-    def worker(self, trial: psutil.Process) -> psutil.Process | None:
-        """The process of the Ray worker that a trial's process belongs to."""
-
-
-# --- faults ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -96,9 +59,9 @@ def schedule(kinds: Sequence[str], seconds: float, every: float, seed: int) -> l
     return faults
 
 
-def inject(fault: Fault, side: Side, family: Family) -> psutil.Process | None:
+def inject(fault: Fault, family: Family, worker_of: WorkerOf) -> psutil.Process | None:
     """Hit a process; None when there is none of the kind."""
-    process = _target(fault, side, family)
+    process = _target(fault, family, worker_of)
     number = {"term": signal.SIGTERM, "hang": signal.SIGSTOP}.get(fault.kind, signal.SIGKILL)
     if process is not None:
         try:
@@ -108,7 +71,7 @@ def inject(fault: Fault, side: Side, family: Family) -> psutil.Process | None:
     return process
 
 
-def _target(fault: Fault, side: Side, family: Family) -> psutil.Process | None:
+def _target(fault: Fault, family: Family, worker_of: WorkerOf) -> psutil.Process | None:
     if fault.kind in ("kill", "term"):
         return family.first
     members = family.members()
@@ -119,7 +82,7 @@ def _target(fault: Fault, side: Side, family: Family) -> psutil.Process | None:
     if not training:
         return None
     chosen = training[int(fault.which * len(training))]
-    return chosen if fault.kind == "trial" else side.worker(chosen)
+    return chosen if fault.kind == "trial" else worker_of(chosen)
 
 
 def _name(process: psutil.Process) -> str:
@@ -150,7 +113,7 @@ class Family:
 
     def look(self) -> None:
         """Take note of who is there."""
-        if time.monotonic() - self._looked < 0.3:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
         with contextlib.suppress(*_GONE):
@@ -191,323 +154,16 @@ def marked(mark: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-# --- counts ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Launch:
-    """One launch of a trial, as its lines tell of it: FLOPs and tokens up to its last line, and when it was scored."""
-
-    trial: int
-    began: float
-    flops: float = 0.0
-    tokens: int = 0
-    total_tokens: int = 0
-    scored: float | None = None
-    speeds: list[float] = field(default_factory=list)
-
-
-class Tally:
-    """Reads what is new in metrics.jsonl files. Times are seconds since `began`."""
-
-    def __init__(self, began: float, flops_per_token: Sequence[float]) -> None:
-        self._began, self._costs = began, flops_per_token
-        self._read: dict[Path, int] = {}
-        self._open: dict[Path, Launch] = {}
-        self.launches: list[Launch] = []
-        self.times: list[float] = []
-        """When lines were found."""
-
-    def look(self, files: Sequence[Path]) -> None:
-        """Read on."""
-        for file in files:
-            position = self._read.get(file, 0)
-            with contextlib.suppress(OSError):
-                if file.stat().st_size <= position:
-                    continue
-                with file.open("rb") as stream:
-                    stream.seek(position)
-                    new = stream.read()
-                whole = new[: new.rfind(b"\n") + 1]
-                self._read[file] = position + len(whole)
-                for line in whole.splitlines():
-                    self._take(file, line)
-
-    def _take(self, file: Path, line: bytes) -> None:
-        try:
-            values = json.loads(line)
-        except ValueError:  # torn by a kill
-            return
-        now = time.monotonic() - self._began
-        self.times.append(now)
-        launch = self._open.get(file)
-        fresh = launch is None or launch.scored is not None or values.get("flops", math.inf) <= launch.flops
-        if fresh:
-            launch = self._open[file] = Launch(trial=int(file.parent.name), began=now)
-            self.launches.append(launch)
-        if "rung" not in values:
-            launch.flops, launch.total_tokens = values["flops"], values["total_tokens"]
-            launch.speeds.append(values["tokens_per_second"])
-        else:
-            launch.scored, launch.total_tokens = now, values["tokens"]
-            if not fresh:  # what was trained after the line before
-                launch.flops += (values["tokens"] - launch.tokens) * self._costs[launch.trial - 1]
-        launch.tokens = values["tokens"]
-
-
-# --- the supervisor -------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Session:
-    """One controller: when it began and ended, how, what was done to it, and what it left."""
-
-    began: float
-    output: Path
-    ended: float | None = None
-    code: int | None = None
-    faults: list[str] = field(default_factory=list)
-    processes_gone: float | None = None
-
-    @property
-    def unasked(self) -> bool:
-        """Whether it ended although nothing was done to it that ends a controller."""
-        return self.code is not None and self.code != 0 and not set(self.faults) & {*ENDING, "stall", "end"}
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "output": self.output.name}
-
-
-@dataclass(kw_only=True)
-class Story:
-    """What happened to a search. Times are seconds from its beginning.
-
-    `acknowledged` are (when, trial, bits per byte), `forgotten` those of them that the state on the disk did not know
-    when a controller had ended, `missing` those that it does not know in the end; `outages` are (when, how long).
-    """
-
-    faults: list[Fault]
-    sessions: list[Session] = field(default_factory=list)
-    acknowledged: list[tuple[float, int, float]] = field(default_factory=list)
-    forgotten: list[tuple[float, int]] = field(default_factory=list)
-    missing: list[int] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
-    outages: list[tuple[float, float]] = field(default_factory=list)
-    stalls: int = 0
-    hopeless: str = ""
-    finished: float | None = None
-    orphans: list[str] = field(default_factory=list)
-    ended_in_order: bool = True
-    load: float = 0.0
-    seconds: float = 0.0
-
-
-class Supervisor:
-    """Runs a search for a time, starts it anew whenever it ends, and does the faults to it."""
-
-    def __init__(
-        self, side: Side, faults: list[Fault], seconds: float, folder: Path, flops_per_token: Sequence[float]
-    ) -> None:
-        self.side, self.seconds, self.folder = side, seconds, folder
-        self.env = {**os.environ, **side.env}
-        self.story = Story(faults=faults)
-        self.waiting = list(faults)
-        self.began = time.monotonic()
-        self.tally = Tally(self.began, flops_per_token)
-        self.families: list[Family] = []
-        self.heard = 0  # bytes of the present controller's output
-        self.loads: list[float] = []
-        self.trusted: dict[int, float] = {}  # acknowledged, and not found to be forgotten since
-
-    @property
-    def now(self) -> float:
-        return time.monotonic() - self.began
-
-    def run(self, say: Callable[[str], None]) -> Story:
-        """From the first start to the end of its time."""
-        try:
-            self._start()
-            while self.now < self.seconds and not self.story.hopeless and self.story.finished is None:
-                self._look()
-                if self.families[-1].process.poll() is not None:
-                    self._ended(say)
-                self._hit(say)
-                self._unstick(say)
-                time.sleep(0.1)
-            self.story.seconds = self.now
-            self._end(say)
-        finally:
-            self._clear()
-        self.story.launches = self.tally.launches
-        self.story.outages = outages(self.story, self.tally.times)
-        self.story.load = statistics.fmean(self.loads) if self.loads else 0.0
-        return self.story
-
-    # --- controllers --------------------------------------------------------------------------------------------------
-
-    def _start(self) -> None:
-        session = Session(began=self.now, output=self.folder / f"controller-{len(self.families) + 1}.log")
-        self.heard = 0
-        with session.output.open("wb") as stream:
-            process = subprocess.Popen(
-                self.side.command(),
-                cwd=self.folder,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.families.append(Family(process))
-        self.story.sessions.append(session)
-
-    def _ended(self, say: Callable[[str], None]) -> None:
-        """The controller has ended: what does the state on the disk know, and on it goes."""
-        session, family = self.story.sessions[-1], self.families[-1]
-        session.ended, session.code = self.now, family.process.returncode
-        family.ended = time.monotonic()
-        self._look()
-        say(f"the controller ended with code {session.code} after {session.ended - session.began:.0f} s")
-        if session.code == 0:
-            self.story.finished = self.now
-            return
-        self._compare()
-        idle = 0
-        for one in reversed(self.story.sessions):
-            if not one.unasked or any(one.began < launch.began for launch in self.tally.launches):
-                break
-            idle += 1
-        if idle >= HOPELESS:
-            self.story.hopeless = f"{idle} controllers in a row ended by themselves (code {session.code})"
-        else:
-            self._start()
-
-    def _compare(self) -> None:
-        """Note which acknowledged results the state on the disk does not know."""
-        known = self.side.known()
-        for number in unknown(self.trusted, known):
-            del self.trusted[number]
-            self.story.forgotten.append((self.now, number))
-
-    # --- looking ------------------------------------------------------------------------------------------------------
-
-    def _look(self) -> None:
-        self.tally.look(self.side.counts())
-        for family, session in zip(self.families, self.story.sessions, strict=True):
-            if session.processes_gone is None:
-                family.look()
-                if session.ended is not None and not family.alive():
-                    session.processes_gone = self.now
-        session = self.story.sessions[-1]
-        with session.output.open("rb") as stream:
-            stream.seek(self.heard)
-            new = stream.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self.heard += len(whole)
-        for number, value in self.side.acknowledged(whole.decode(errors="replace")).items():
-            self.story.acknowledged.append((self.now, number, value))
-            self.trusted[number] = value
-        self.loads.append(os.getloadavg()[0])
-
-    # --- faults -------------------------------------------------------------------------------------------------------
-
-    def _hit(self, say: Callable[[str], None]) -> None:
-        """Do the faults that are due. One that finds nothing to hit is tried again until the next one is due."""
-        while len(self.waiting) > 1 and self.waiting[1].due <= self.now:
-            say(f"nothing was there for '{self.waiting.pop(0).kind}'")
-        if not self.waiting or self.waiting[0].due > self.now or self.story.finished is not None:
-            return
-        fault, family = self.waiting[0], self.families[-1]
-        process = inject(fault, self.side, family)
-        if process is None:
-            return
-        fault.hit, fault.process = self.now, process.pid
-        self.waiting.pop(0)
-        self.story.sessions[-1].faults.append(fault.kind)
-        say(f"fault: {fault.kind} (process {process.pid})")
-
-    def _unstick(self, say: Callable[[str], None]) -> None:
-        """Kill a controller under which nothing moves any more."""
-        session = self.story.sessions[-1]
-        since = max([session.began, *self.tally.times[-1:]])
-        if session.ended is None and self.now - since > STALL_SECONDS:
-            say(f"no step of training for {STALL_SECONDS:g} s: the controller is killed")
-            self.story.stalls += 1
-            session.faults.append("stall")
-            self.families[-1].process.kill()
-
-    # --- the end ------------------------------------------------------------------------------------------------------
-
-    def _end(self, say: Callable[[str], None]) -> None:
-        """Ask it to end, wait for it, and look who is left."""
-        session, family = self.story.sessions[-1], self.families[-1]
-        if family.process.poll() is None:
-            session.faults.append("end")
-            family.process.terminate()
-            try:
-                family.process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.story.ended_in_order = False
-                say(f"did not end within {END_SECONDS:g} s: it is killed")
-                family.process.kill()
-                family.process.wait()
-            session.ended, session.code = self.now, family.process.returncode
-            family.ended = time.monotonic()
-        self._look()
-        until = time.monotonic() + GONE_SECONDS
-        while time.monotonic() < until and any(one.alive() for one in self.families):
-            self._look()
-            time.sleep(0.2)
-        left = {one.pid: one for family in self.families for one in family.alive()}
-        left |= {one.pid: one for one in marked(self.side.mark) if lives(one)}
-        self.story.orphans = [_words(one) for one in left.values()]
-        acknowledged = {number: value for _, number, value in self.story.acknowledged}
-        self.story.missing = unknown(acknowledged, self.side.known())
-
-    def _clear(self) -> None:
-        """Kill what is left of all controllers."""
-        for _ in range(3):
-            left = [one for family in self.families for one in family.alive()]
-            left += [one for one in marked(self.side.mark) if lives(one)]
-            for one in left:
-                with contextlib.suppress(*_GONE):
-                    one.kill()
-            if not left:
-                break
-            time.sleep(0.5)
-        for family in self.families:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                family.process.wait(10)
-
-
-def _words(process: psutil.Process) -> str:
+def told(process: psutil.Process) -> str:
+    """A process in words."""
     try:
-        return f"{process.pid} {process.name()} {' '.join(process.cmdline())[:120]}"
+        return f"{process.pid} {process.name()} {' '.join(process.cmdline())[:120].strip()}"
     except _GONE:
         return str(process.pid)
 
 
-def unknown(told: Mapping[int, float], known: Mapping[int, float | None]) -> list[int]:
-    """The trials that were told complete and are not known as that, or with another result than was printed."""
-    return sorted(
-        number
-        for number, value in told.items()
-        if (there := known.get(number)) is None or not math.isclose(there, value, rel_tol=1e-3)
-    )
-
-
-def outages(story: Story, times: Sequence[float]) -> list[tuple[float, float]]:
-    """(when, how long): the times without training between the last line under one controller and the first launch
-    under a later one. Controllers under which nothing was trained are part of the time between."""
-    found: list[tuple[float, float]] = []
-    since: float | None = None
-    for session, following in zip(story.sessions, [*story.sessions[1:], None], strict=True):
-        until = story.seconds if following is None else following.began
-        first = min((one.began for one in story.launches if session.began + 1 < one.began <= until), default=None)
-        if since is not None and first is not None:
-            found.append((since, first - since))
-        if first is not None or since is None:
-            since = max((when for when in times if when <= until), default=until)
-    if since is not None and story.finished is None and until - since > 5:
-        found.append((since, until - since))
-    return found
+def end(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL for every one of them."""
+    for one in processes:
+        with contextlib.suppress(*_GONE):
+            one.kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from evolm.errors import BadMetrics, DataError, EvolmError, SpaceExhausted, StorageError, UsageError
@@ -15,6 +15,7 @@ from evolm.retention import Retention
 from evolm.run_folder import RunFolder
 from evolm.search import Asked, Search
 from fitness.trial import Reason, Trial
+from search_spaces.quantities import format_bytes
 
 TICK = 0.5
 """Seconds between looks at signals, requests, leases and progress while nothing comes in."""
@@ -58,12 +59,19 @@ class Lease:
     """A trial that was handed out: renewed whenever its worker is heard, by this process's monotonic clock alone."""
 
     asked: Asked
+    since: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     progress: TrialProgress
+    known: bool = False  # whether the worker was heard at all
 
     def renew(self, progress: TrialProgress) -> None:
         """Its worker was heard."""
-        self.heard, self.progress = time.monotonic(), progress
+        self.heard, self.progress, self.known = time.monotonic(), progress, True
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was handed out."""
+        return time.monotonic() - self.since
 
     @property
     def expired(self) -> bool:
@@ -98,16 +106,20 @@ class Controller:
         self._deadline = None if budget.seconds is None else time.monotonic() + budget.seconds
         self._end_by: float | None = None
         self._looked = time.monotonic()
+        self._announced, self._within = False, True
+        self._heard: set[Any] = set()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Why:
         """Work until nothing is left to do, the budget is spent, or `stop` was called. Raises what is fatal to the
         run, once running trials have ended."""
-        self.folder.trials.mkdir(exist_ok=True)
+        for place in (self.folder.trials, self.folder.requests):  # made here: other users' shells leave requests
+            place.mkdir(exist_ok=True)
         self.reclaim()
         while True:
             self.listen()
+            self.announce()
             if not self.stopping and not self.overdue:
                 self.launch()
             # Without idle workers and running trials, workers are being replaced: `wait` waits for them.
@@ -117,7 +129,8 @@ class Controller:
                 self.take(outcome)
             self.watch()
         for lease in list(self.running.values()):
-            self.view.told(self.search.fail(lease.asked, "interrupted", "abandoned", final=False))
+            spent: dict[str, Any] = {"flops": lease.progress.flops, "seconds": lease.seconds}
+            self.view.told(self.search.fail(lease.asked, "interrupted", "abandoned", final=False, **spent))
         if self.fatal is not None:
             raise self.fatal
         if self.stopping:
@@ -133,6 +146,13 @@ class Controller:
             self.cancelling = True
             self._end_by = time.monotonic() + END_SECONDS
             self.executor.cancel()
+
+    def announce(self) -> None:
+        """Say once that a signal was heard: the handler itself may not write."""
+        if self.stopping and not self._announced and self.fatal is None:
+            self._announced = True
+            if self.running:
+                self.view.say("stopping: running trials save and end; Ctrl-C again does not wait for them")
 
     def end(self, error: EvolmError) -> None:
         """Stop because of what is fatal to the run."""
@@ -225,14 +245,21 @@ class Controller:
     def listen(self) -> None:
         """Do what other processes ask of this run."""
         for request in self.requests():
+            if request.file in self._heard:
+                continue
+            self._heard.add(request.file)  # should it not go away
             if request.kind == "enqueue":
                 self.enqueue(request.genome or {})
             elif not self.stopping or (request.kind == "cancel" and not self.cancelling):
+                self._announced = True
                 self.view.say("asked to stop: running trials save and end")
                 self.stop()
                 if request.kind == "cancel":
                     self.stop()
-            request.done()
+            try:
+                request.done()
+            except StorageError as error:
+                self.view.say(str(error))
 
     def enqueue(self, genome: Mapping[str, Any]) -> None:
         """Take a genome that somebody asked to be tried."""
@@ -252,9 +279,16 @@ class Controller:
             self.search.late(outcome.trial, outcome.lease, outcome.kind, flops=outcome.flops, seconds=outcome.seconds)
             return
         del self.running[outcome.trial]
+        if outcome.kind == "fail" and outcome.flops == 0:  # nobody was left to tell what was spent
+            outcome = replace(outcome, flops=lease.progress.flops, seconds=outcome.seconds or lease.seconds)
         trial = self.write(lease.asked, outcome)
         if self.retention is not None:
-            self.retention.after(trial, self.search.trials(), told=outcome.kind == "result")
+            baseline = self.search.ledger.numbers.get(self.search.space.baseline)
+            told = outcome.kind == "result"
+            kept = self.retention.after(trial, self.search.trials(), told=told, always=baseline)
+            if not kept and self._within:
+                self.view.say(f"checkpoints hold {format_bytes(self.retention.bytes)}, more than their bound allows")
+            self._within = kept
         self.view.told(trial)
 
     def write(self, asked: Asked, outcome: Outcome) -> Trial:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from evolm.errors import (
     DataError,
     EvolmError,
     ExecutorError,
+    Interrupted,
     NothingFeasible,
     Problem,
     RunBusy,
@@ -95,6 +97,7 @@ def start(
     load_algorithm(settings.algorithm)
     fresh = not folder.path.exists()
     with folder.locked():
+        _forget_requests(folder)
         with ExitStack() as undo:
             if fresh:  # where nothing was begun, nothing is left behind
                 undo.callback(shutil.rmtree, folder.path, ignore_errors=True)
@@ -127,6 +130,7 @@ def resume(
     _check_executor(executor)
     folder = existing(run)
     with folder.locked():
+        _forget_requests(folder)
         file = load_space(folder.space)
         if repair:
             say(str(repair_ledger(folder.ledger)))
@@ -169,6 +173,13 @@ def _forget_unbegun(folder: RunFolder) -> None:
         if not begun:
             for path in (*folder.path.glob(f"{folder.ledger.name}*"), folder.path / "ballast", folder.space):
                 path.unlink(missing_ok=True)
+
+
+def _forget_requests(folder: RunFolder) -> None:
+    """Requests to end were meant for an earlier controller; this one hears those that come from now on."""
+    for request in pending(folder):
+        if request.kind != "enqueue":
+            request.done()
 
 
 def _refuse_other_space(folder: RunFolder, file: SpaceFile) -> None:
@@ -235,13 +246,13 @@ def _work(
         fidelity=settings.fidelity,
         ledger=ledger,
     )
-    for request in pending(folder):
-        if request.kind != "enqueue":
-            request.done()  # it was meant for an earlier controller
     runner, context = _runner(settings, ledger, cache)
     view = show(search, settings.trials)
     say(f"starting workers ({executor})")
-    workers = _executor(executor, runner, settings, address)
+    try:
+        workers = _executor(executor, runner, settings, address)
+    except SystemExit:  # Ray's own answer to SIGTERM
+        raise Interrupted(signal.SIGTERM) from None
     ledger.open_session({**_session(executor), "settings": settings.as_dict()})
     try:
         controller = Controller(
@@ -254,7 +265,7 @@ def _work(
             view=view,
             limits=_limits(settings, workers),
             retention=Retention(
-                folder, Keep.of(settings, folder.path), settings.fidelity, search.objectives, settings.trials
+                folder, Keep.of(settings, folder), settings.fidelity, search.objectives, settings.trials
             ),
             requests=lambda: pending(folder),
         )
@@ -331,7 +342,7 @@ def _limits(settings: Settings, workers: Executor) -> Limits:
 def _session(executor: str) -> dict[str, Any]:
     """Who works, and with what: the versions that results depend on."""
     versions = {"python": platform.python_version(), "evolm": __version__}
-    for package in ("torch", "transformers", "tokenizers", "ray", "numpy"):
+    for package in ("torch", "transformers", "tokenizers", "ray", "numpy", "deap", "moocore"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

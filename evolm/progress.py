@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from evolm.executors.base import TrialProgress
@@ -67,7 +68,7 @@ class PlainView:
         """A reader that has gone away does not end the search."""
         try:
             print(text, file=self._stream, flush=True)
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):  # a pipe without a reader, a terminal that was closed
             self._stream = open(os.devnull, "w")  # noqa: SIM115  # lives as long as the process
 
     def say(self, text: str) -> None:
@@ -96,17 +97,19 @@ class LiveView:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.stop()
+        with suppress(OSError):  # here and below: a terminal that was closed does not end the search
+            self._live.stop()
 
     def told(self, trial: Trial) -> None:
         """Failures scroll by above the panel; results show in it."""
         if trial.state in ("failed", "infeasible"):
-            self._live.console.print(summary(self._search, trial), style="yellow", highlight=False, markup=False)
+            self.say(summary(self._search, trial), style="yellow")
         self._draw()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str | None = None) -> None:
         """What is no trial's scrolls by above the panel."""
-        self._live.console.print(text, highlight=False, markup=False)
+        with suppress(OSError):
+            self._live.console.print(text, style=style, highlight=False, markup=False)
 
     def tick(self, running: Sequence[TrialProgress]) -> None:
         """Draw again."""
@@ -131,7 +134,8 @@ class LiveView:
             front.add_column(objective.metric, justify="right")
         for trial in self._search.front()[:8]:
             front.add_row(str(trial.id), *(_number(trial.metrics[o.metric]) for o in self._search.objectives))
-        self._live.update(Panel(Group(Text(self._counts(), style="bold"), running, front), title="evolm search"))
+        with suppress(OSError):
+            self._live.update(Panel(Group(Text(self._counts(), style="bold"), running, front), title="evolm search"))
 
     def _counts(self) -> str:
         trials = self._search.trials()

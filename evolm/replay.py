@@ -78,13 +78,15 @@ def _origin(one: Trial | Proposal) -> dict[str, Any]:
 class Verified:
     """How a run's proposals compare with those that its ledger leads to now.
 
-    `equal` counts proposals, `enqueued` the trials that a user gave and nobody proposed. `versions` are those that the
+    `equal` counts proposals, `enqueued` the trials that a user gave and nobody proposed, `unverifiable` the proposals
+    that had seen an event which a repair of the ledger could not save. `versions` are those that the
     run was made with (in one of its sessions, if it had several) and that are others now: name, the run's, the present.
     """
 
     run: str
     equal: int
     enqueued: int
+    unverifiable: int
     different: tuple[Different, ...]
     versions: Mapping[str, tuple[tuple[str, ...], str]]
 
@@ -96,6 +98,7 @@ class Verified:
             "run": self.run,
             "verified": self.equal,
             "enqueued": self.enqueued,
+            "unverifiable": self.unverifiable,
             "different": [one.as_dict() for one in self.different],
             "changed_versions": changed,
         }
@@ -112,7 +115,9 @@ class Verified:
             if changed
             else "its ledger, its space or the algorithm is not what it was"
         )
-        error = GateError(f"run '{self.run}': {len(self.different)} of {known} proposals differ (trial {named}); {why}")
+        lost = f" ({self.unverifiable} more cannot be compared: events are lost)" if self.unverifiable else ""
+        words = f"{len(self.different)} of {known} proposals differ (trial {named}){lost}"
+        error = GateError(f"run '{self.run}': {words}; {why}")
         error.result = self
         raise error
 
@@ -132,17 +137,25 @@ def verify(run: Run, tick: Tick = _silent) -> Verified:
         ledger=run.ledger,
     )
     different: list[Different] = []
+    equal = enqueued = unverifiable = 0
+    lost = min(run.ledger.missing, default=math.inf)
     for done, trial in enumerate(trials, 1):
-        if trial.operator != ENQUEUED:
+        if trial.operator == ENQUEUED:
+            enqueued += 1
+        elif trial.seen >= lost:
+            unverifiable += 1
+        else:
             proposed = _proposed(search, trial)
-            if proposed != Proposal(genome=trial.frozen, operator=trial.operator, parents=trial.parents):
+            if proposed == Proposal(genome=trial.frozen, operator=trial.operator, parents=trial.parents):
+                equal += 1
+            else:
                 different.append(Different(trial=trial, proposed=proposed))
         tick(done, len(trials))
-    enqueued = sum(trial.operator == ENQUEUED for trial in trials)
     return Verified(
         run=run.name,
-        equal=len(trials) - enqueued - len(different),
+        equal=equal,
         enqueued=enqueued,
+        unverifiable=unverifiable,
         different=tuple(different),
         versions=_changed_versions(run.ledger.sessions()),
     )

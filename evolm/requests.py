@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +33,12 @@ class Request:
     file: Path | None = None
 
     def done(self) -> None:
-        """Take the request away: what it asked for is written down."""
+        """Take the request away: what it asked for is written down. Raises StorageError."""
         assert self.file is not None
-        self.file.unlink(missing_ok=True)
+        try:
+            self.file.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.file}: a request that cannot be taken away: {error.strerror}") from None
 
 
 def send(folder: RunFolder, request: Request) -> Path:
@@ -65,7 +69,8 @@ def pending(folder: RunFolder) -> Iterator[Request]:
                 raise ValueError(kind)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError):
-            file.rename(file.with_suffix(".refused"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            with suppress(OSError):
+                file.rename(file.with_suffix(".refused"))
             continue
         yield Request(kind=kind, genome=genome, file=file)

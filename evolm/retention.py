@@ -26,17 +26,22 @@ class Keep:
     max_bytes: int | None = None
 
     @classmethod
-    def of(cls, settings: Settings, folder: Path) -> Keep:
-        """What the settings say; where they name no bound, half of what is free on the folder's disk."""
+    def of(cls, settings: Settings, folder: RunFolder) -> Keep:
+        """What the settings say; where they name no bound, half of what the folder's disk has for checkpoints."""
         bound = settings.max_bytes
-        return cls(best=settings.keep_best, max_bytes=shutil.disk_usage(folder).free // 2 if bound is None else bound)
+        if bound is None:
+            bound = (shutil.disk_usage(folder.path).free + checkpoint_bytes(folder)) // 2
+        return cls(best=settings.keep_best, max_bytes=bound)
 
 
-def hopeless(trials: Sequence[Trial], fidelity: Fidelity, objectives: Sequence[Objective], budget: int) -> list[Trial]:
+def hopeless(
+    trials: Sequence[Trial], fidelity: Fidelity, objectives: Sequence[Objective], budget: int, always: int | None = None
+) -> list[Trial]:
     """The paused trials that a budget of so many trials cannot promote any more.
 
     A rung promotes one of `eta` that reached it, and a trial only after all waiting ones that dominate it. One that
     runs on above may fail, and makes room then. (So may one that waits above: what takes its place trains anew.)
+    `always` is the trial that goes on whatever its rank: the baseline.
     """
     found: list[Trial] = []
     room = budget
@@ -48,7 +53,7 @@ def hopeless(trials: Sequence[Trial], fidelity: Fidelity, objectives: Sequence[O
         left = room - len(gone)
         if waiting:
             beaten = dominates(minimised([trial.metrics for trial in waiting], objectives)).sum(axis=0)
-            found += [trial for trial, by in zip(waiting, beaten, strict=True) if by >= left]
+            found += [trial for trial, by in zip(waiting, beaten, strict=True) if by >= left and trial.id != always]
     return found
 
 
@@ -68,8 +73,9 @@ class Retention:
         """Bytes of all checkpoints of the run."""
         return sum(self.sizes.values())
 
-    def after(self, trial: Trial, trials: Sequence[Trial], *, told: bool) -> None:
-        """Clean up after a launch of a trial ended, with a result (`told`) or without. What runs is left alone."""
+    def after(self, trial: Trial, trials: Sequence[Trial], *, told: bool, always: int | None = None) -> bool:
+        """Clean up after a launch of a trial ended, with a result (`told`) or without; whether the bound is kept. What
+        runs is left alone."""
         if trial.state in ("failed", "infeasible", "stopped"):
             self._drop(trial.id)
         elif trial.state == "paused" and told:
@@ -79,27 +85,28 @@ class Retention:
             self._keep_best(trials)
         self._results += told
         if self._results >= len(trials) * HOPELESS_EVERY and self.sizes:
-            self._drop_hopeless(trials)
-        if self.keep.max_bytes is not None and self.bytes > self.keep.max_bytes:
-            self._shrink(trials, self.keep.max_bytes)
+            self._drop_hopeless(trials, always)
+        if self.keep.max_bytes is None or self.bytes <= self.keep.max_bytes:
+            return True
+        return self._shrink(trials, self.keep.max_bytes)
 
     def _reached(self, trial: Trial) -> None:
         """At a rung, what was on the way to it is not needed any more."""
         place = self.folder.trial(trial.id)
-        for way in (*saves(latest_checkpoint(place)), rung_checkpoint(place, trial.rung - 1)):
+        latest, before = latest_checkpoint(place), rung_checkpoint(place, trial.rung - 1)
+        left = (path for name in (latest, before) for path in name.parent.glob(f"{name.name}.*"))  # by a kill
+        for way in (*saves(latest), before, *left):
             shutil.rmtree(way, ignore_errors=True)
 
-    def _drop_hopeless(self, trials: Sequence[Trial]) -> None:
+    def _drop_hopeless(self, trials: Sequence[Trial], always: int | None) -> None:
         self._results = 0
         if self.fidelity is not None:
-            for one in hopeless(trials, self.fidelity, self.objectives, self.budget):
+            for one in hopeless(trials, self.fidelity, self.objectives, self.budget, always):
                 self._drop(one.id)
 
     def _keep_best(self, trials: Sequence[Trial]) -> None:
         """Of complete trials, keep the final weights of the best, and nothing else."""
-        first = self.objectives[0]
-        complete = [trial for trial in trials if trial.state == "complete" and trial.id in self.sizes]
-        complete.sort(key=lambda trial: first.sign * trial.metrics[first.metric])
+        complete = self._complete(trials)
         for trial in complete[self.keep.best :]:
             self._drop(trial.id)
         for trial in complete[: self.keep.best]:
@@ -109,18 +116,33 @@ class Retention:
                     shutil.rmtree(place, ignore_errors=True)
             self._measure(trial.id)
 
-    def _shrink(self, trials: Sequence[Trial], bound: int) -> None:
-        """Delete until the bound holds: what is paused, lowest rung and least promise first."""
-        paused = [trial for trial in trials if trial.state == "paused" and trial.id in self.sizes]
-        order: list[Trial] = []
-        for rung in sorted({trial.rung for trial in paused}):
-            group = [trial for trial in paused if trial.rung == rung]
-            beaten = dominates(minimised([trial.metrics for trial in group], self.objectives)).sum(axis=0)
-            order += [group[i] for i in sorted(range(len(group)), key=lambda i: -int(beaten[i]))]
+    def _by_promise(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The paused trials, those first that the largest share of all that reached their rung dominates."""
+        shares: list[tuple[float, int, Trial]] = []
+        for rung in {trial.rung for trial in trials if trial.state == "paused"}:
+            told = [(trial, at.metrics) for trial in trials if (at := trial.at(rung)) is not None]
+            beaten = dominates(minimised([metrics for _, metrics in told], self.objectives)).mean(axis=0)
+            waits = [trial.state == "paused" and trial.rung == rung for trial, _ in told]
+            shares += [(-share, rung, t) for (t, _), share, w in zip(told, beaten, waits, strict=True) if w]
+        return [trial for *_, trial in sorted(shares, key=lambda one: one[:2])]
+
+    def _complete(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Complete trials that keep something, the best first."""
+        first = self.objectives[0]
+        complete = [trial for trial in trials if trial.state == "complete" and trial.id in self.sizes]
+        return sorted(complete, key=lambda trial: first.sign * trial.metrics[first.metric])
+
+    def _shrink(self, trials: Sequence[Trial], bound: int) -> bool:
+        """Delete until the bound holds: what is paused, the least promising first, then what was interrupted, then
+        final weights, the worst first. Whether it holds then: what runs is not deleted."""
+        order = [trial for trial in self._by_promise(trials) if trial.id in self.sizes]
+        order += [trial for trial in trials if trial.state == "proposed" and trial.id in self.sizes]
+        order += reversed(self._complete(trials))
         for trial in order:
             if self.bytes <= bound:
-                return
+                break
             self._drop(trial.id)
+        return self.bytes <= bound
 
     def _drop(self, trial: int) -> None:
         shutil.rmtree(self.folder.trial(trial) / "checkpoints", ignore_errors=True)

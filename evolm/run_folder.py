@@ -59,11 +59,6 @@ class RunFolder:
         """The folders of all trials."""
         return self.path / "trials"
 
-    @property
-    def logs(self) -> Path:
-        """What did not fit on the terminal."""
-        return self.path / "logs"
-
     def trial(self, number: int) -> Path:
         """The folder of one trial."""
         return self.trials / str(number)

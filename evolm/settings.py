@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
 from trainer.recipe import Section
@@ -60,12 +60,21 @@ class SearchSection(Section):
 class ResourcesSection(Section):
     """What one trial gets."""
 
-    cpus: float = Field(1, ge=0, description="processor cores; as many threads")
-    gpus: float = Field(0, ge=0, description="accelerators, or the share of one")
+    cpus: float = Field(1, ge=0, description="processor cores, in steps of 0.0001; as many threads")
+    gpus: float = Field(0, ge=0, description="accelerators, or the share of one in steps of 0.0001")
     memory: Count | None = Field(
         None, description="memory of all its processes together, such as 8GiB; an equal share of its node when absent"
     )
     max_concurrent: Count | None = Field(None, description="trials side by side; as many as fit when absent")
+
+    @field_validator("cpus", "gpus")
+    @classmethod
+    def _countable(cls, amount: float, info: ValidationInfo) -> float:
+        if abs(amount * 10_000 - round(amount * 10_000)) > 1e-6:
+            raise ValueError(f"must be a multiple of 0.0001, is {amount}")
+        if info.field_name == "gpus" and amount > 1 and amount != int(amount):
+            raise ValueError(f"must be a whole number above 1, is {amount}")
+        return amount
 
 
 class TrialSection(Section):

@@ -12,12 +12,14 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """While this is open, a signal that asks to end calls `handle` with its number instead of ending the process."""
+    """While this is open, a signal that asks to end calls `handle` with its number instead of ending the process. One
+    that this process was started to ignore (nohup) stays ignored."""
 
     def hear(number: int, frame: FrameType | None) -> None:
         handle(number)
 
-    before = {number: signal.signal(number, hear) for number in ENDING}
+    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield
     finally:

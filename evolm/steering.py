@@ -55,7 +55,11 @@ def enqueue(run: str, given: str, *, wait: float = 30.0) -> tuple[RunFolder, int
     genome = _read(given, file)
     try:
         with folder.locked():
-            return folder, _search(folder, file, write=True).enqueue(genome).id
+            search = _search(folder, file, write=True)
+            try:
+                return folder, search.enqueue(genome).id
+            finally:
+                search.ledger.close()
     except RunBusy:
         pass  # a controller is at work: it has the ledger
     frozen = file.space.complete(genome)

@@ -107,7 +107,10 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
 
 def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter: _Reporter) -> tuple[Record, str]:
     """Train from the newest checkpoint that can be used; says which ones could not."""
+    from trainer.checkpoint import settle
     from trainer.loop import Checkpoints, train
+
+    settle(latest_checkpoint(job.folder))
 
     checkpoints = Checkpoints(
         latest=latest_checkpoint(job.folder),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fitness.errors import StorageError
 
-SIZE = 1 << 20
-"""Bytes: several hundred events, or one checkpoint of the write-ahead log."""
+SIZE = 4 << 20
+"""Bytes: some 300 events, each of which takes about three pages of the write-ahead log, and the log's next round."""
 
 
 @dataclass(frozen=True)

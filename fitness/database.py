@@ -15,12 +15,12 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fitness.errors import LedgerDamaged, RunBusy, StorageError
-from fitness.filesystem import filesystem, is_network
+from fitness.filesystem import filesystem, is_network, sync_folder
 
 SCHEMA_VERSION = 2
 
@@ -82,16 +82,36 @@ NETWORK_PATIENCE = 60.0
 """Seconds that a writer without a write-ahead log waits for readers, who hold their lock while they read once, and they
 for it."""
 
+LOG_PAGES = 200
+"""Pages of the write-ahead log after which it begins anew: what a full disk has to hold beside the ledger."""
+
 T = TypeVar("T")
+Rows = list[tuple[Any, ...]]
 
 
 class Damaged(sqlite3.DatabaseError):
     """What is in the file is not what was written."""
 
 
+@contextmanager
+def believing() -> Iterator[None]:
+    """Raise Damaged for content that cannot be what was written. Python itself fails to tell what SQLite says about a
+    schema that is no text."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"malformed content ({error})") from error
+
+
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
+def real(path: Path) -> Path:
+    """The file itself: what SQLite keeps beside it does not lie beside a link to it."""
+    return path.resolve() if path.is_symlink() else path
+
+
+@believing()
 def connect(path: Path | None) -> sqlite3.Connection:
     """The one writer, of a file or of a database in memory: every transaction is on the disk before it is acknowledged.
 
@@ -109,6 +129,7 @@ def connect(path: Path | None) -> sqlite3.Connection:
         connection.execute(f"PRAGMA journal_mode={'TRUNCATE' if network else 'WAL'}")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES}")
     except BaseException:
         connection.close()
         raise
@@ -116,9 +137,13 @@ def connect(path: Path | None) -> sqlite3.Connection:
 
 
 def read(path: Path, use: Callable[[sqlite3.Connection], T]) -> T:
-    """What `use` makes of a connection that changes nothing, neither the file nor what lies beside it."""
+    """What `use` makes of a connection that changes nothing, neither the file nor what lies beside it.
+
+    The file itself is opened by SQLite alone: to close it anywhere else in a process takes away the locks that a writer
+    in the same process holds (https://sqlite.org/howtocorrupt.html, section 2.2).
+    """
     uri = path.absolute().as_uri()
-    if _has_log(path) and not path.with_name(f"{path.name}-wal").exists():
+    if not (is_network(filesystem(path)) or in_use(path)):
         try:
             return use(_reader(f"{uri}?immutable=1"))  # nobody writes: nothing beside the file is needed
         except sqlite3.DatabaseError:
@@ -145,10 +170,14 @@ def _read_copy(path: Path, use: Callable[[sqlite3.Connection], T]) -> T:
         return use(_reader(f"{copy.as_uri()}?mode=rw"))
 
 
-def _has_log(path: Path) -> bool:
-    """Whether the file was last written with a write-ahead log (byte 19 of SQLite's header)."""
-    with path.open("rb") as stream:
-        return stream.read(20)[19:] == b"\x02"
+def in_use(path: Path, *suffixes: str) -> bool:
+    """Whether something lies in the log beside a file (in a journal too where no suffixes are given): somebody writes,
+    or was killed."""
+    for suffix in suffixes or ("-wal", "-journal"):
+        with suppress(FileNotFoundError):
+            if path.with_name(f"{path.name}{suffix}").stat().st_size:
+                return True
+    return False
 
 
 def _reader(uri: str) -> sqlite3.Connection:
@@ -219,10 +248,15 @@ def put(connection: sqlite3.Connection, table: str, row: Sequence[Any]) -> None:
         connection.execute(f"INSERT INTO {place} VALUES ({marks})", (*row, checksum(row)))
 
 
-def rows(connection: sqlite3.Connection, table: str, key: str) -> Iterator[list[Any]]:
-    """The rows of a table in order, without their checksums. Raises Damaged when one is missing (they are numbered from
-    1 without a gap) or is not what was written."""
-    for number, (*row, written) in enumerate(connection.execute(f"SELECT * FROM {table} ORDER BY {key}"), 1):
+def fetch(connection: sqlite3.Connection, table: str) -> Rows:
+    """The rows of a table in order, with their checksums, as they stand there."""
+    return connection.execute(f"SELECT * FROM {table} ORDER BY {'seq' if table == 'events' else 'id'}").fetchall()
+
+
+def verified(table: str, rows: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
+    """The rows of a table without their checksums. Raises Damaged when one is missing (they are numbered from 1 without
+    a gap) or is not what was written."""
+    for number, (*row, written) in enumerate(rows, 1):
         if row[0] != number or checksum(row) != written:
             raise Damaged(f"row {number} of {table} is missing or changed")
         yield row
@@ -231,7 +265,7 @@ def rows(connection: sqlite3.Connection, table: str, key: str) -> Iterator[list[
 def meta_rows(connection: sqlite3.Connection) -> dict[str, Any]:
     """What never changes, by its key. Raises Damaged for a value that is not what was written."""
     found = {}
-    for key, value, written in connection.execute("SELECT * FROM meta"):
+    for key, value, written in connection.execute("SELECT key, value, sum FROM meta"):
         if checksum((key, value)) != written:
             raise Damaged(f"{key} is not what it was")
         found[key] = json.loads(value)
@@ -243,6 +277,33 @@ def check_pages(connection: sqlite3.Connection) -> None:
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
         raise Damaged(verdict)
+
+
+def mend_spares(connection: sqlite3.Connection) -> None:
+    """Write the second copies anew where they are not what the first ones are, which were verified. Raises Damaged when
+    there are more of them."""
+    for table in ("meta", "trials"):
+        better = f"SELECT * FROM {table} EXCEPT SELECT * FROM spare_{table}"
+        more = f"(SELECT count(*) FROM {table}) < (SELECT count(*) FROM spare_{table})"
+        bad, lost = connection.execute(f"SELECT EXISTS ({better}), {more}").fetchone()
+        if lost:
+            raise Damaged(f"rows of {table} are missing")
+        if bad:
+            with transaction(connection):
+                connection.execute(f"INSERT OR REPLACE INTO spare_{table} {better}")
+
+
+def keep_copy(connection: sqlite3.Connection, copy: Path) -> None:
+    """Write what a connection sees into another file, as a whole or not at all."""
+    draft = copy.with_name(f"{copy.name}.draft")
+    draft.unlink(missing_ok=True)
+    try:
+        with closing(sqlite3.connect(draft)) as other:
+            connection.backup(other)
+        draft.replace(copy)
+        sync_folder(copy.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -264,7 +325,7 @@ _NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_I
 
 _NO_INDEX = ("SQLITE_CANTOPEN", "SQLITE_READONLY_CANTINIT", "SQLITE_READONLY_DIRECTORY", "SQLITE_READONLY_RECOVERY")
 
-_DAMAGE = ("malformed", "not a database", "no such table", "no such column", "decode")
+_DAMAGE = ("malformed", "not a database", "no such table", "no such column", "decode", "unsupported file format")
 
 _UNWRITABLE = "make the run folder writable, then run `evolm resume`"
 _FAILING = "the disk may be full, failing or gone"
@@ -277,17 +338,17 @@ _ADVICE = {
 """What to do about it, by a word of the message."""
 
 
-def no_room(error: sqlite3.Error) -> bool:
+def no_room(error: Exception) -> bool:
     """Whether a write may have failed for lack of room."""
     return _name(error) in _NO_ROOM
 
 
-def _name(error: sqlite3.Error) -> str:
+def _name(error: Exception) -> str:
     """SQLite's name of an error; empty where Python's own module found it."""
     return getattr(error, "sqlite_errorname", "")
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: Exception) -> bool:
     """Whether the file is not what was written."""
     return isinstance(error, Damaged) or any(sign in str(error) for sign in _DAMAGE)
 
@@ -320,7 +381,7 @@ def told(place: str) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = _ADVICE["full"] if full else _UNWRITABLE if isinstance(error, PermissionError) else _FAILING
         raise StorageError(f"{place}: {error.strerror or error}; {advice}") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         words = str(error)
         if "locked" in words:
             raise RunBusy(f"{place}: another process writes to it") from error

@@ -13,15 +13,17 @@ _NETWORK = frozenset(
     | {"lustre", "ncpfs", "ocfs2", "orangefs", "panfs", "prl_fs", "pvfs2", "vboxsf", "virtiofs", "vmhgfs", "webdav"}
     | {"wekafs"}
 )
-_NETWORK_PREFIXES = ("nfs", "cifs", "smb", "fuse.")
-"""nfs and nfs4, smbfs and smb3, and what a program serves: sshfs, s3fs, gcsfuse, ... A rollback journal on a local one
-of those costs a little time, a write-ahead log on a remote one the ledger."""
+_NETWORK_PREFIXES = ("nfs", "cifs", "smb")
+"""nfs and nfs4, smbfs and smb3."""
 
 
 def is_network(filesystem: str) -> bool:
     """Whether a type of filesystem, as the mount table names it, is shared with other machines."""
     name = filesystem.lower()
-    return name in _NETWORK or name.startswith(_NETWORK_PREFIXES)
+    # What a program serves (sshfs, s3fs, gcsfuse, ...) counts as shared, be its name given or not: a rollback journal
+    # on a local one costs a little time, a write-ahead log on a remote one the ledger. fuseblk is a local disk.
+    served = "fuse" in name and name != "fuseblk"
+    return served or name in _NETWORK or name.startswith(_NETWORK_PREFIXES)
 
 
 def filesystem(path: Path, mounts: Iterable[tuple[str, str]] | None = None) -> str:

@@ -6,6 +6,7 @@ old events tell it; the seconds since a session began are those of the wall cloc
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,19 +18,25 @@ from fitness.database import (
     Damaged,
     check_pages,
     checksum,
+    fetch,
     meta_rows,
     put,
-    rows,
     run,
     transaction,
+    verified,
 )
 from fitness.events import ENDS
 
 
 def version_of(connection: sqlite3.Connection) -> int:
     """The schema version of a ledger. Raises Damaged when it does not say."""
-    version = meta_rows(connection).get("schema_version")
-    if not isinstance(version, int):
+    columns = [column for column, *_ in connection.execute("SELECT * FROM meta LIMIT 0").description]
+    if columns == ["key", "value", "sum"]:
+        version = meta_rows(connection).get("schema_version")
+    else:  # what a later schema sums up is not known; none that is known has other columns
+        told = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+        version = json.loads(told[0]) if told else None
+    if not isinstance(version, int) or (version <= SCHEMA_VERSION and len(columns) != 3):
         raise Damaged(f"schema_version is {version}")
     return version
 
@@ -40,9 +47,9 @@ def migrate(connection: sqlite3.Connection) -> None:
     with transaction(connection):
         check_pages(connection)
         meta_rows(connection)
-        for _ in rows(connection, "trials", "id"):
+        for _ in verified("trials", fetch(connection, "trials")):
             pass
-        events = list(upgraded(rows(connection, "events", "seq")))
+        events = list(upgraded(verified("events", fetch(connection, "events"))))
         connection.execute("DROP TABLE events")
         run(connection, EVENTS + SPARES)
         for row in events:

@@ -21,14 +21,26 @@ Row = tuple[Any, ...]
 def read_rows(path: Path) -> Iterator[Row]:
     """Every row and every entry of an index that can be read, later versions after earlier ones; rows that were taken
     back may be among them. The key of a table's row stands in its first column."""
-    log = path.with_name(f"{path.name}-wal")
-    file, frames = path.read_bytes(), log.read_bytes() if log.is_file() else b""
-    size = _page_size(file[16:18]) or _page_size(frames[10:12]) or PAGE
-    pages = dict(enumerate(_pieces(file, size), 1))
-    stale, current = _frames(frames, size)
+    pages, stale, current = _read(path)
     latest = {**pages, **dict(current)}
     for number, page in (*stale, *pages.items(), *current):
         yield from _cells(page, 100 if number == 1 else 0, latest)
+
+
+def read_log(path: Path) -> Iterator[Row]:
+    """The same of what lies in the write-ahead log alone."""
+    pages, stale, current = _read(path)
+    latest = {**pages, **dict(stale), **dict(current)}
+    for number, page in (*stale, *current):
+        yield from _cells(page, 100 if number == 1 else 0, latest)
+
+
+def _read(path: Path) -> tuple[dict[int, bytes], list[tuple[int, bytes]], list[tuple[int, bytes]]]:
+    """The pages of the file, and those of its log as `_frames` gives them."""
+    log = path.with_name(f"{path.name}-wal")
+    file, frames = path.read_bytes(), log.read_bytes() if log.is_file() else b""
+    size = _page_size(file[16:18]) or _page_size(frames[10:12]) or PAGE
+    return dict(enumerate(_pieces(file, size), 1)), *_frames(frames, size)
 
 
 def _page_size(told: bytes) -> int | None:

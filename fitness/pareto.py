@@ -38,12 +38,12 @@ def crowding(points: Points) -> NDArray[np.float64]:
     """The crowding distance of each point: how far apart its neighbours are, over the range, summed over objectives;
     infinite at the ends (Deb et al. 2002, doi 10.1109/4235.996017, section III-B)."""
     distance = np.zeros(len(points))
-    for column in points.T:
+    for column in points.T if len(points) else ():
         order = np.argsort(column, kind="stable")
         span = column[order[-1]] - column[order[0]]
-        if span > 0:
+        if span > 0:  # where all are alike, none is at an end
             distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
-        distance[order[[0, -1]]] = np.inf
+            distance[order[[0, -1]]] = np.inf
     return distance
 
 
@@ -53,6 +53,8 @@ def best(points: Points, count: int) -> NDArray[np.int64]:
     fronts = ranks(points)
     if len(points) <= count:
         return np.argsort(fronts, kind="stable")
+    if count <= 0:
+        return np.zeros(0, dtype=np.int64)
     last = np.sort(fronts)[count - 1]
     whole, edge = np.flatnonzero(fronts < last), np.flatnonzero(fronts == last)
     spread = edge[np.argsort(-crowding(points[edge]), kind="stable")]

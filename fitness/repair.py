@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from fitness.database import SCHEMA_VERSION, build, check_version, forget_log, repaired, told
+from fitness.database import SCHEMA_VERSION, build, check_version, forget_log, real, repaired, told
 from fitness.errors import LedgerDamaged, StorageError
 from fitness.filesystem import sync_folder
 from fitness.ledger import Ledger
@@ -44,8 +44,9 @@ class Repaired:
         if self.torn is None:
             return f"{self.place}: nothing is wrong with it, nothing was changed"
         return (
-            f"{self.place}: kept {self.trials} trials and {self.events} events, lost {self.lost_trials} trials and "
-            f"{self.lost_events} events; the damaged file is {self.torn.name}"
+            f"{self.place}: kept {self.trials} trials and {self.events} events (what happened to them), lost "
+            f"{self.lost_trials} trials and {self.lost_events} events; results among those are trained again; "
+            f"the damaged file is {self.torn.name}"
         )
 
 
@@ -57,7 +58,7 @@ def repair(path: Path) -> Repaired:
     """
     with told(str(path)):
         try:
-            return _repair(path)
+            return _repair(real(path))
         except OSError as error:
             raise StorageError(
                 f"{path}: {error.strerror or error}; it was not repaired: make room in {path.parent}, or make it "
@@ -67,21 +68,19 @@ def repair(path: Path) -> Repaired:
 
 def _repair(path: Path) -> Repaired:
     ready = repaired(path)
-    if ready.exists():
-        torn = max(_torn(path), key=lambda one: int(one.name.rpartition("-")[2]))
+    present, done = _whole(path), _whole(ready)
+    if present is not None and (done is None or present >= done):  # or the user put a whole copy there meanwhile
+        ready.unlink(missing_ok=True)
+        trials, events = present
+        return Repaired(place=path, torn=None, trials=trials, events=events, lost_trials=0, lost_events=0)
+    if done is not None:  # a repair was cut short
+        torn = max(_torn(path), key=lambda one: int(one.name.rpartition("-")[2]), default=None) or _keep(path)
         found = salvage(torn)
     else:
-        try:
-            with closing(Ledger.open(path)) as whole:
-                events = whole.seq
-                return Repaired(
-                    place=path, torn=None, trials=len(whole.trials), events=events, lost_trials=0, lost_events=0
-                )
-        except LedgerDamaged:
-            pass
         found = _salvaged(path)
         torn = _keep(path)
         _write(found, path.with_name(f"{path.name}.draft"), ready)
+        done = len(found.trials), len(found.events) - found.lost_events
     forget_log(path)
     sync_folder(path.parent)  # the old log is gone before the new file is there
     ready.replace(path)
@@ -89,11 +88,22 @@ def _repair(path: Path) -> Repaired:
     return Repaired(
         place=path,
         torn=torn,
-        trials=len(found.trials),
-        events=len(found.events) - found.lost_events,
+        trials=done[0],
+        events=done[1],
         lost_trials=found.lost_trials,
         lost_events=found.lost_events,
     )
+
+
+def _whole(path: Path) -> tuple[int, int] | None:
+    """The numbers of trials and events of a ledger; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with closing(Ledger.open(path, repairing=True)) as whole:
+            return len(whole.trials), whole.seq - len(whole.missing)
+    except LedgerDamaged:
+        return None
 
 
 def _salvaged(path: Path) -> Salvaged:

@@ -5,13 +5,14 @@ Rows are never changed and each carries its own checksum, so one that verifies i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
 
-from fitness.database import checksum
+from fitness.database import checksum, real
 from fitness.migration import upgraded
-from fitness.pages import Row, read_rows
+from fitness.pages import Row, read_log, read_rows
 
 _META, _OLD_EVENT, _TRIAL, _EVENT = 3, 7, 8, 9
 """Columns of a row, the checksum included, by which it is known; old events are those of schema version 1."""
@@ -75,14 +76,29 @@ class _Found:
 
 def salvage(path: Path) -> Salvaged:
     """What can be saved of the ledger at `path`, be it no database at all. Raises OSError when it cannot be read."""
+    found = _found(read_rows(real(path)))
+    old = upgraded(found.old_events[seq] for seq in sorted(found.old_events))
+    return _whole(found.meta, found.trials, {**{row[0]: row for row in old}, **found.events})
+
+
+def newest_in_log(path: Path) -> tuple[int, int]:
+    """The highest numbers of a trial and of an event that can be read in the write-ahead log; 0 where there is none.
+
+    Not for a ledger that this process has open: a file that is closed takes SQLite's locks on it along. Raises OSError
+    when it cannot be read.
+    """
+    found = _found(read_log(path))
+    return max(found.trials, default=0), max([0, *found.events, *found.old_events])
+
+
+def _found(rows: Iterable[Row]) -> _Found:
     found = _Found()
-    for row in read_rows(path):
+    for row in rows:
         try:
             found.take(row)
         except (TypeError, ValueError):
             continue  # text where a number belongs
-    old = upgraded(found.old_events[seq] for seq in sorted(found.old_events))
-    return _whole(found.meta, found.trials, {**{row[0]: row for row in old}, **found.events})
+    return found
 
 
 def _whole(meta: dict[str, str], trials: dict[int, Row], events: dict[int, Row]) -> Salvaged:

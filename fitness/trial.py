@@ -84,12 +84,32 @@ class Trial:
         """What it told at one rung; None where it has not, or where that was lost with a part of the ledger."""
         return next((told for told in self.rungs if told.rung == rung), None)
 
+    @property
+    def changed(self) -> int:
+        """The number of the last event that told a result or its end; 0 before the first."""
+        return self.ended or (self.rungs[-1].seq if self.rungs else 0)
+
     def as_of(self, seq: int) -> Trial:
-        """The trial as it was known after event `seq`: later results and a later end are not there."""
-        if self.ended is not None and self.ended <= seq:
-            return self  # nothing is told of a trial that has ended
+        """The trial as proposals know it after event `seq`: by its results and its end alone.
+
+        What comes and goes between them is the same at any time: a trial that has not ended is `paused`, or `proposed`
+        before its first result; `flops` and `seconds` are those of its results; nothing is known of launches.
+        """
+        over = self.ended is not None and self.ended <= seq
         rungs = tuple(rung for rung in self.rungs if rung.seq <= seq)
-        return self.but(rungs=rungs, ended=None, state="paused" if rungs else "running", reason=None)
+        return self.but(
+            rungs=rungs,
+            state=self.state if over else "paused" if rungs else "proposed",
+            reason=self.reason if over else None,
+            ended=self.ended if over else None,
+            flops=sum(rung.flops for rung in rungs),
+            seconds=sum(rung.seconds for rung in rungs),
+            message="",
+            attempts=0,
+            failures={},
+            lease=None,
+            worker=None,
+        )
 
     def but(self, **changes: Any) -> Trial:
         """The trial with some fields changed: `dataclasses.replace` at a quarter of the time, of which a ledger that is

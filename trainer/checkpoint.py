@@ -52,7 +52,7 @@ def save_checkpoint(
     """Write a checkpoint; one that is already there under this name is replaced once the new one is complete, or, when
     more than one is to be kept, moves on to `NAME-1`, that one to `NAME-2`, and so on."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _settle(folder)
+    settle(folder)
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
@@ -89,7 +89,7 @@ def _room(folder: Path, keep: int) -> Path:
 
 def read_state(folder: Path) -> RunState:
     """The state in a checkpoint, its files verified. Raises CheckpointError."""
-    _settle(folder)
+    settle(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest.pop("checksum") != digest_of(manifest):
@@ -169,7 +169,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     """End what a kill cut short: a replacement between its two renames is undone, what it left is removed."""
     if not folder.exists():
         for old in sorted(folder.parent.glob(f"{folder.name}.old-*")):

@@ -12,6 +12,9 @@ from evolm.cli.searching import Run
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
+MAX_FAILURES = 5
+"""Failed trials that `status` tells about, the latest."""
+
 FORMATS = ("csv", "parquet", "json")
 
 
@@ -81,7 +84,8 @@ def status(run: Run, as_json: AsJson = False) -> None:
     from evolm.run import load
     from search_spaces.quantities import format_bytes
 
-    found = load(run).status()
+    loaded = load(run)
+    found = loaded.status()
     if as_json:
         print_json(found)
         return
@@ -89,11 +93,16 @@ def status(run: Run, as_json: AsJson = False) -> None:
     typer.echo("trials: " + (", ".join(f"{n} {state}" for state, n in sorted(found["trials"].items())) or "none"))
     if found["failures"]:
         typer.echo("failed: " + ", ".join(f"{count} {reason}" for reason, count in sorted(found["failures"].items())))
+    failed = [trial for trial in loaded.trials() if trial.state in ("failed", "infeasible")]
+    for trial in failed[-MAX_FAILURES:]:
+        typer.echo(f"  trial {trial.id}: {trial.reason or trial.state}: {trial.message}")
     typer.echo(f"front: {found['front']} trials, hypervolume {found['hypervolume']:.4f}")
     typer.echo(f"spent: {found['flops']:.3g} FLOPs, {found['seconds']:.0f} s")
     if found["late"]:
         typer.echo(f"late: {found['late']} results of launches that had been given up; none of them counts")
     typer.echo(f"checkpoints: {format_bytes(found['checkpoint_bytes'])}")
+    if found["state"] == "interrupted":
+        typer.echo(f"nobody is at work; go on with: evolm resume {loaded.folder.path}")
     for worker in found["workers"]:
         typer.echo(
             f"worker {worker.get('id')}: trial {worker['trial']}, process {worker.get('pid')} on {worker.get('node')}"

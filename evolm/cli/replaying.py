@@ -95,6 +95,8 @@ def _print_verified(found: Verified) -> None:
     by_hand = f"; {found.enqueued} were enqueued, and proposed by nobody" if found.enqueued else ""
     proposals = found.equal + len(found.different)
     typer.echo(f"run {found.run}: {found.equal} of {proposals} proposals are the same again{by_hand}")
+    if found.unverifiable:
+        typer.echo(f"{found.unverifiable} more cannot be verified: they saw what was lost before a repair")
     for one in found.different:
         typer.echo(f"trial {one.trial.id}, recorded -> proposed now:")
         for line in one.differences:

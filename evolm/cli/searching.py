@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,35 +104,46 @@ def resume(
 
 
 def _say(text: str) -> None:
-    with suppress(BrokenPipeError):  # a reader that has gone away does not end a search
+    with suppress(OSError):  # a reader that has gone away does not end a search
         typer.echo(text, err=True)
 
 
 def _finish(ended: Ended, executor: str, address: str | None) -> None:
-    """Print the front, the report's path and what to do next."""
+    """Write the report; print the front, the report's path and what to do next."""
     import signal
 
     from reports.page import write_report
+
+    run = ended.run
+    write_report(run.data(), run.folder.report)
+    try:
+        for line in _last_words(ended, executor, address):
+            typer.echo(line)
+    except BrokenPipeError:
+        if ended.why != "interrupted":
+            raise
+    if ended.why == "interrupted":
+        raise typer.Exit(128 + (ended.signal or signal.SIGINT))
+
+
+def _last_words(ended: Ended, executor: str, address: str | None) -> Iterator[str]:
     from reports.table import trial_table
 
     run = ended.run
-    status = run.status()
+    status, front = run.status(), run.front()
     counts = ", ".join(f"{count} {state}" for state, count in sorted(status["trials"].items()))
-    typer.echo(f"run {run.name}: {counts}; {status['flops']:.3g} FLOPs, {status['seconds']:.0f} s")
-    front = run.front()
+    yield f"run {run.name}: {counts}; {status['flops']:.3g} FLOPs, {status['seconds']:.0f} s"
     if front:
-        typer.echo(trial_table(front, run.objectives, [gene.path for gene in run.file.space.genes]))
-    write_report(run.data(), run.folder.report)
-    typer.echo(f"report: {run.folder.report}")
+        yield trial_table(front, run.objectives, [gene.path for gene in run.file.space.genes])
+    yield f"report: {run.folder.report}"
     if ended.why == "interrupted":
         where = f" --executor {executor}" * (executor != "ray") + f" --address {address}" * (address is not None)
         kept = "everything told is saved, what was running begins again" if ended.abandoned else "everything is saved"
-        typer.echo(f"interrupted, {kept}; go on with: evolm resume {run.folder.path}{where}")
-        raise typer.Exit(128 + (ended.signal or signal.SIGINT))
-    if front and run.baseline is not None and front[0].id == run.baseline.id:
-        more = 2 * run.settings.trials
-        typer.echo(f"no recipe beat the baseline yet; try more: evolm resume {run.folder.path} --trials {more}")
+        yield f"interrupted, {kept}; go on with: evolm resume {run.folder.path}{where}"
+    elif front and run.baseline is not None and front[0].id == run.baseline.id:
+        more = f"evolm resume {run.folder.path} --trials {2 * run.settings.trials}"
+        yield f"no recipe that reached the last rung beat the baseline yet; try more: {more}"
     elif front and run.settings.command is not None:
-        typer.echo(f"the best: evolm show {run.folder.path} best")
+        yield f"the best: evolm show {run.folder.path} best"
     elif front:
-        typer.echo(f"promote the best: evolm promote {run.folder.path} best")
+        yield f"promote the best: evolm promote {run.folder.path} best"

@@ -97,8 +97,8 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialProgress:
-    """Where a running trial is. `flops` are those of this launch, `prepared` counts steps before the first token. Before
-    it has said anything, all are zero."""
+    """Where a running trial is: `flops` are those of this launch, `prepared` counts steps before the first token. All
+    are zero before it has said anything."""
 
     trial: int
     tokens: int = 0

@@ -24,15 +24,29 @@ from typing import Any
 
 from evolm.executors.base import Job, Limits, Outcome, Runner, TrialProgress
 from evolm.executors.limits import Watch
-from evolm.executors.processes import Family, kill_marked, memory_kills
+from evolm.executors.processes import (
+    Family,
+    adopt_orphans,
+    how_it_ended,
+    kill_descendants,
+    kill_marked,
+    memory_kills,
+)
 
 MARK = "EVOLM_CELL"
+
+SAY_SECONDS = 60.0
+"""How long a cell may take to read its job."""
 
 LOOK_SECONDS = 0.1
 """How often a running trial is held against its limits."""
 
 LATE_SECONDS = 60.0
 """How much longer than its limit a trial may take whose runner ends it itself, and lets it save."""
+
+LEFT = 0.25
+"""A cell that holds more than this share of a trial's memory when the trial is to begin is renewed: it holds what
+earlier trials left, and a trial is not ended for what others did."""
 
 TELL_SECONDS = 0.1
 """How often a cell tells of its trial's progress, at most."""
@@ -68,10 +82,11 @@ class Cell:
             env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, self._path))}
             self._family = Family(command, mark=MARK, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._socket, self._lines = ours, _Lines(ours)
-        self._kills = memory_kills()
+        self._used = False
 
     def _say(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a cell that has died is met where its answer is awaited
+            self._socket.settimeout(SAY_SECONDS)
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     @property
@@ -81,6 +96,9 @@ class Cell:
 
     def run(self, job: Job) -> Outcome:
         """Run one job to its end, whatever end that is."""
+        if self._worn(job.limits):
+            self._renew()
+        self._used, self._kills = True, memory_kills()
         watch = Watch(_later(job.limits) if self._keeps_limits else job.limits, self._family)
         self.progress = TrialProgress(trial=job.trial)
         try:
@@ -92,9 +110,18 @@ class Cell:
             return replace(outcome, flops=last.flops, seconds=watch.seconds)
         return outcome
 
+    def _worn(self, limits: Limits) -> bool:
+        """Whether what earlier trials did to the cell would be a new one's fault."""
+        if self._family.ended(0):
+            return True
+        return self._used and limits.memory is not None and self._family.memory() > LEFT * limits.memory
+
     def _outcome(self, job: Job, watch: Watch) -> Outcome:
         stopped = False
         while True:
+            dead = self._family.ended(0)
+            if dead:  # its children may hold the socket open, and even speak
+                self._family.kill()
             for message in self._lines.read(LOOK_SECONDS):
                 if "progress" in message:
                     progress = TrialProgress(**message["progress"])
@@ -103,7 +130,7 @@ class Cell:
                     self.progress = progress
                 elif "outcome" in message:
                     return Outcome(**message["outcome"])
-            if self._lines.ended:
+            if self._lines.ended or (dead and self._lines.silent):
                 return self._died(job)
             if self._stop == job.lease and not stopped:
                 self._say({"stop": job.lease})
@@ -123,10 +150,8 @@ class Cell:
             outcome = job.failed("oom", "the system ended it for want of memory")
         elif code == -signal.SIGKILL:
             outcome = job.failed("lost", "its process was killed")
-        elif code < 0:
-            outcome = job.failed("crashed", f"its process ended by {signal.Signals(-code).name}")
         else:
-            outcome = job.failed("crashed", f"its process ended with exit code {code}")
+            outcome = job.failed("crashed", f"its process {how_it_ended(code)}")
         self._renew()
         return outcome
 
@@ -160,14 +185,16 @@ class _Lines:
 
     def __init__(self, stream: socket.socket) -> None:
         self._stream, self._rest = stream, b""
-        self.ended = False
+        self.ended = self.silent = False
 
     def read(self, seconds: float | None) -> Iterator[dict[str, Any]]:
         """The messages that have come in; waits at most so long for the first (None: as long as it takes)."""
         self._stream.settimeout(seconds)
+        self.silent = False
         try:
             got = self._stream.recv(2**16)
         except TimeoutError:
+            self.silent = True
             return
         except OSError:
             got = b""
@@ -232,6 +259,7 @@ class _Inmate:
 
 def _end_all() -> None:
     """End every process that descends from this one, and this one."""
+    kill_descendants()
     kill_marked(f"{MARK}={os.environ[MARK]}")
     os.killpg(0, signal.SIGKILL)
 
@@ -239,7 +267,11 @@ def _end_all() -> None:
 def main() -> None:
     """Be a cell: `python -m evolm.executors.cell FD MODULE:FUNCTION`."""
     _, descriptor, runner = sys.argv
-    inmate = _Inmate(socket.socket(fileno=int(descriptor)))
+    stream = socket.socket(fileno=int(descriptor))
+    stream.set_inheritable(False)  # who else held it would hide that the cell has ended
+    os.register_at_fork(after_in_child=stream.close)
+    adopt_orphans()
+    inmate = _Inmate(stream)
     threading.Thread(target=inmate.listen, daemon=True).start()
     inmate.serve(runner)
 

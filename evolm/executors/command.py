@@ -24,7 +24,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -40,7 +39,7 @@ from evolm.errors import Problem, SpaceError
 from evolm.executors.base import Job, Outcome, Tell, TrialProgress
 from evolm.executors.fence import Held, fenced, storage_words
 from evolm.executors.limits import Watch
-from evolm.executors.processes import Family, die_with_parent, kill_marked, memory_kills
+from evolm.executors.processes import Family, die_with_parent, how_it_ended, kill_marked, memory_kills
 from evolm.run_folder import final_checkpoint
 from fitness.trial import Reason
 from search_spaces.errors import nearest
@@ -243,12 +242,16 @@ def _judge(
     if metrics.failure is not None:
         reason, message = metrics.failure
         return job.infeasible(message) if reason == "infeasible" else job.failed(reason, message)
-    if cut is not None and not (cut[0] == "interrupted" and code == 0 and tokens is not None and tokens >= job.tokens):
+    reached = tokens is not None and tokens >= job.tokens
+    if cut is not None and cut[0] == "timeout" and metrics.problem is None and (reached or metrics.had_the_last_word):
+        assert metrics.result is not None
+        return job.told(metrics.result, message=f"had told its result, but did not end: {cut[1]}")
+    if cut is not None and not (cut[0] == "interrupted" and code == 0 and reached):
         return job.failed(*cut)
     if code != 0:
         if family.killed_by_the_system(kills):
             return job.failed("oom", "the system ended it for want of memory")
-        return job.failed("crashed", f"ended with {_end(code)}: {output.last_line or 'it printed nothing'}")
+        return job.failed("crashed", f"{how_it_ended(code)}: {output.last_line or 'it printed nothing'}")
     if metrics.problem is not None:
         return job.failed("bad_metrics", metrics.problem)
     if metrics.result is None:
@@ -257,15 +260,6 @@ def _judge(
     if tokens is not None and tokens < ENOUGH * job.tokens:
         return job.failed("bad_metrics", f"its last result is of {tokens:,.0f} tokens, asked for were {job.tokens:,}")
     return job.told(metrics.result)
-
-
-def _end(code: int) -> str:
-    if code > 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:  # a real-time signal
-        return f"signal {-code}"
 
 
 def _probe(folder: Path) -> None:
@@ -291,6 +285,7 @@ class _Metrics:
         self.path, self.objectives = path, objectives
         self.result: dict[str, Any] | None = None
         self.result_tokens: float | None = None
+        self.had_the_last_word = False  # a result that does not say how far it is: it came once, and nothing after it
         self.failure: tuple[Any, str] | None = None
         self.problem: str | None = None
         self._numbers: dict[str, float] = {}
@@ -345,10 +340,14 @@ class _Metrics:
                 self._numbers[name] = number
         if values.get("failed"):
             self.failure = _failure(values)
+        first = self.result is None
+        self.had_the_last_word = False
         if all(name in values for name in self.objectives):
-            numbers = {name: value for name, value in values.items() if _is_number(value) and name not in _POSITION}
+            finite = {name: value for name, value in values.items() if _finite(value) is not None}
+            numbers = {name: value for name, value in finite.items() if name not in _POSITION}
             self.result = numbers | {name: values[name] for name in self.objectives}
             self.result_tokens = _finite(values.get("tokens"))
+            self.had_the_last_word = first and "tokens" not in values
 
     @property
     def flops(self) -> float:

@@ -48,5 +48,9 @@ def storage_words(folder: Path, error: Exception) -> str | None:
     if error.errno == errno.EROFS or (error.errno == errno.EACCES and not os.access(folder.parent, os.W_OK)):
         return f"{folder}: {error.strerror}; make the run folder writable, then run `evolm resume`"
     if not folder.parent.is_dir():
-        return f"{folder.parent} is gone; bring the run folder back, then run `evolm resume`"
+        node = os.uname().nodename
+        return (
+            f"{folder.parent} is not there on {node}: bring it back, or put the run on storage that all nodes of the "
+            "cluster see; then run `evolm resume`"
+        )
     return None

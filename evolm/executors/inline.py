@@ -53,8 +53,8 @@ class InlineExecutor:
                 raise _Cancelled
             return [self._runner(job, self._tell)]
         except _Cancelled:
-            seconds = time.monotonic() - began
-            return [job.failed("interrupted", "ended before it could save", seconds=seconds)]
+            spent = time.monotonic() - began
+            return [job.failed("interrupted", "ended before it could save", seconds=spent)]
         finally:
             self._inside = False
             self._job = None

@@ -27,7 +27,7 @@ KILL_SECONDS = 10.0
 not hold up who killed it."""
 
 _LIBC = ctypes.CDLL(None)  # loaded now: nothing may be loaded between fork and exec
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 _GONE = (psutil.NoSuchProcess, psutil.AccessDenied, OSError)
 
@@ -96,10 +96,14 @@ class Family:
         """SIGKILL for every member, again until none is left; a member may have been about to start another one."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGSTOP)  # so that it starts nothing while its descendants are listed
+            known = list(self._descended())  # once it has ended, who left its group and has no mark is not found
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
-        _kill_all(lambda: [*self._descended(), *marked(self._mark)])
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(KILL_SECONDS)
+            _kill_all(lambda: known)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(KILL_SECONDS)
+        kill_marked(self._mark)
 
     def killed_by_the_system(self, kills_before: int | None) -> bool:
         """Whether the first process, or what a shell ran in its place, was killed while the kernel killed for want of
@@ -117,32 +121,72 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
         return True
 
 
+def how_it_ended(code: int | None) -> str:
+    """What to tell of a process by its exit code, as `subprocess` has it."""
+    if code is None:
+        return "was killed, but the kernel holds it up"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"ended with {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"ended with signal {-code}"
+
+
 def kill_marked(mark: str) -> None:
-    """SIGKILL for every process whose environment holds `NAME=value`, but for this one; returns when they are gone."""
+    """SIGKILL for every process whose environment holds `NAME=value`, but for this one, and for what descends from
+    them; returns when they are gone."""
     _kill_all(lambda: marked(mark))
 
 
+def kill_descendants() -> None:
+    """SIGKILL for every process that descends from this one; returns when they are gone."""
+    _kill_all(lambda: psutil.Process().children(recursive=True))
+
+
 def _kill_all(find: Callable[[], list[psutil.Process]]) -> None:
-    """Kill what is found, until nothing that lives is found any more."""
+    """Kill what is found with what descends from it, until nothing that lives is found any more.
+
+    Searching looks at every process of the machine, so that what was found is waited for before it is done again.
+    """
     until = time.monotonic() + KILL_SECONDS
-    while members := [member for member in find() if _lives(member)]:
-        for member in members:
+    while time.monotonic() < until and (members := [member for member in find() if _lives(member)]):
+        while members and time.monotonic() < until:
+            members = [*members, *_children(members)]
+            for member in members:
+                with contextlib.suppress(*_GONE):
+                    member.kill()
+            time.sleep(0.002)
+            members = [member for member in members if _lives(member)]
+
+
+def _children(members: list[psutil.Process]) -> list[psutil.Process]:
+    found: dict[int, psutil.Process] = {}
+    for member in members:
+        if member.pid not in found:
             with contextlib.suppress(*_GONE):
-                member.kill()
-        if time.monotonic() > until:
-            break
-        time.sleep(0.002)
+                found.update((child.pid, child) for child in member.children(recursive=True))
+    return [found[pid] for pid in found.keys() - {member.pid for member in members} - {os.getpid()}]
 
 
 def marked(mark: str) -> list[psutil.Process]:
     """The processes whose environment holds `NAME=value`, but for this one."""
-    name, _, value = mark.partition("=")
     found = []
-    for process in psutil.process_iter():
+    for pid in psutil.pids():
         with contextlib.suppress(*_GONE):
-            if process.pid != os.getpid() and process.environ().get(name) == value:
-                found.append(process)
+            if pid != os.getpid() and _carries(pid, mark):
+                process = psutil.Process(pid)
+                if _carries(pid, mark):  # the number may have become another one's before it was taken down
+                    found.append(process)
     return found
+
+
+def _carries(pid: int, mark: str) -> bool:
+    if sys.platform == "linux":  # three times as fast as psutil: all processes of the machine are asked
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as stream:
+            return os.fsencode(mark) in stream.read().split(b"\0")
+    name, _, value = mark.partition("=")
+    return bool(psutil.Process(pid).environ().get(name) == value)
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -205,3 +249,9 @@ def die_with_parent(parent: int | None = None) -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended just before
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Have descendants whose parents have ended become children of this process, where the kernel can do it (Linux)."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evolm.errors import ExecutorError
 from evolm.executors.base import Job, Outcome, Runner, TrialProgress
 from evolm.executors.cell import Cell, name_of
+from evolm.executors.ray_cluster import Head, connect
 from evolm.packages import foreign_packages
 from search_spaces.quantities import format_bytes
-
-CONNECT_SECONDS = 5.0
-"""How long an address may take to answer at all."""
 
 STARTS = 3
 """How often in a row a slot's worker may fail to start before the slot is given up."""
@@ -28,18 +23,15 @@ STARTS = 3
 START_SECONDS = 120.0
 """How long a worker may take to start: Python and torch from a cold disk."""
 
-HEAD_SECONDS = 20.0
-"""How long the head of the cluster may be silent before the run ends. Ray itself ends the process, without a word to
-it, after 60 s."""
 
-HEAD_EVERY = 2.0
-"""Seconds between looks at whether the head is there."""
+FIRST_SECONDS = 10.0
+"""How long the first workers are waited for together; then those begin that are there."""
 
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of a coming Ray: CPU actors keep the devices they see
-    "TOKENIZERS_PARALLELISM": "false",
-}
+AGAIN_SECONDS = 300.0
+"""After how long a slot that was given up is tried again: a node may have come, or somebody's job have gone."""
+
+GRAIN = 10_000
+"""Ray counts resources in ten-thousandths."""
 
 
 class _Worker:
@@ -61,6 +53,10 @@ class _Worker:
     def progress(self) -> TrialProgress | None:
         """Where the running job is."""
         return self._cell.progress
+
+    def live(self) -> None:
+        """Answers never: that this question fails is how the death of a worker is heard, an idle one's too."""
+        threading.Event().wait()
 
     def stop(self, lease: int) -> None:
         """Ask a job to save and end, also one that is about to begin."""
@@ -86,7 +82,8 @@ class Needs:
 
     def places(self, node: dict[str, float]) -> int:
         """How many workers a node with these resources can hold at once."""
-        return min((int(node.get(name, 0) // amount) for name, amount in self.as_ray().items()), default=1)
+        shares = (round(node.get(name, 0) * GRAIN) // round(amount * GRAIN) for name, amount in self.as_ray().items())
+        return min(shares, default=1)
 
 
 class RayExecutor:
@@ -102,18 +99,19 @@ class RayExecutor:
         self._runner, self._path, self._needs = name_of(runner), list(sys.path), needs or Needs()
         self._keeps_limits = getattr(runner, "keeps_limits", False)
         self._own = address is None
-        _connect(address)
+        connect(address)
         import ray
 
         self._ray = ray
-        self._actor_class = ray.remote(concurrency_groups={"control": 1})(_controlled(_Worker))
+        self._actor_class = ray.remote(concurrency_groups={"control": 1, "life": 1})(_controlled(_Worker))
         self._jobs: dict[Any, tuple[int, Job]] = {}
         self._abandoned: dict[Any, Job] = {}  # jobs whose workers are not heard any more, should they tell after all
         self._starting: dict[Any, tuple[int, float]] = {}  # the first answer of a worker: its slot, and until when
         self._asked: dict[int, Any] = {}  # by slot, the question after progress that is not answered yet
+        self._lives: dict[Any, tuple[int, Any]] = {}  # the question that fails when a worker dies: its slot and actor
         self._lost: list[Outcome] = []
-        self._gone: set[int] = set()
-        self._head = _Head(ray.get_runtime_context().gcs_address)
+        self._gone: dict[int, float] = {}  # slots that were given up, and when
+        self._head = Head(ray.get_runtime_context().gcs_address)
         self._node = ray.get_runtime_context().get_node_id()
         count, self.memory_share = self._room(slots)
         self._actors: list[Any] = [None] * count
@@ -122,8 +120,9 @@ class RayExecutor:
         self._abouts: list[dict[str, Any]] = [{"id": slot} for slot in range(count)]
         for slot in range(count):
             self._start(slot)
-        while self._starting:
-            self._started(self._ray.wait(list(self._starting), timeout=1.0)[0])
+        until = time.monotonic() + FIRST_SECONDS
+        while self._starting and not (time.monotonic() > until and self.idle()):
+            self._started(self._ray.wait(list(self._starting), timeout=0.5)[0])
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
@@ -173,6 +172,7 @@ class RayExecutor:
             try:
                 self._abouts[slot] = {"id": slot, **self._ray.get(reference)}
                 self._failed_starts[slot] = 0
+                self._lives[self._actors[slot].live.remote()] = (slot, self._actors[slot])
             except self._ray.exceptions.RayError as error:
                 self._not_started(slot, _words(error, -1))
         for reference, (slot, until) in list(self._starting.items()):
@@ -187,9 +187,37 @@ class RayExecutor:
         if self._failed_starts[slot] < STARTS:
             self._start(slot)
             return
-        self._gone.add(slot)
+        self._gone[slot] = time.monotonic()
         if len(self._gone) == len(self._actors):
             raise ExecutorError(f"no worker could be started: {words}")
+        self._give_back(slot)
+
+    def _give_back(self, slot: int) -> None:
+        """Leave a slot's room to others."""
+        if self._places[slot] is not None:
+            from ray.util import remove_placement_group
+
+            remove_placement_group(self._places[slot])
+            self._places[slot] = None
+
+    def _try_again(self) -> None:
+        """Start workers in slots that were given up long ago."""
+        for slot, since in list(self._gone.items()):
+            if time.monotonic() - since > AGAIN_SECONDS:
+                del self._gone[slot]
+                self._failed_starts[slot] = STARTS - 1
+                self._places[slot] = self._place()
+                self._start(slot)
+
+    def _replace_dead(self) -> None:
+        """Start new workers in idle slots whose worker has died, before a job is handed to it."""
+        if not self._lives:
+            return
+        busy = {slot for slot, _ in (*self._jobs.values(), *self._starting.values())} | set(self._gone)
+        for reference in self._ray.wait(list(self._lives), num_returns=len(self._lives), timeout=0)[0]:
+            slot, actor = self._lives.pop(reference)
+            if self._actors[slot] is actor and slot not in busy:
+                self._start(slot)
 
     @property
     def workers(self) -> list[dict[str, Any]]:
@@ -200,7 +228,8 @@ class RayExecutor:
 
     def idle(self) -> list[int]:
         """Slots without a job, whose worker is there."""
-        busy = {slot for slot, _ in self._jobs.values()} | {slot for slot, _ in self._starting.values()} | self._gone
+        self._replace_dead()
+        busy = {slot for slot, _ in (*self._jobs.values(), *self._starting.values())} | set(self._gone)
         return [slot for slot in range(len(self._actors)) if slot not in busy]
 
     def submit(self, slot: int, job: Job) -> None:
@@ -224,6 +253,7 @@ class RayExecutor:
             if self._head.check() and self._starting:
                 self._check_node()
             self._started([one for one in ready if one in self._starting])
+            self._try_again()
         return outcomes
 
     def _check_node(self) -> None:
@@ -284,11 +314,8 @@ class RayExecutor:
         del self._jobs[reference]
         self._abandoned[reference] = job
         self._ray.kill(self._actors[slot])
-        if self._places[slot] is not None:  # the room may be on a node that is cut off
-            from ray.util import remove_placement_group
-
-            remove_placement_group(self._places[slot])
-            self._places[slot] = self._place()
+        self._give_back(slot)  # it may be on a node that is cut off
+        self._places[slot] = self._place()
         self._start(slot)
         self._lost.append(job.failed("lost", f"worker {slot} was not heard any more"))
 
@@ -299,33 +326,6 @@ class RayExecutor:
             self._ray.kill(actor)
         if self._own:
             self._ray.shutdown()
-
-
-class _Head:
-    """Looks whether the head of the cluster still answers."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._heard = self._looked = time.monotonic()
-
-    def check(self) -> bool:
-        """Whether the head was looked for now, and answered. Raises ExecutorError when it has not for
-        `HEAD_SECONDS`."""
-        now = time.monotonic()
-        if now - self._looked < HEAD_EVERY:
-            return False
-        missed = now - self._looked > HEAD_SECONDS  # this process itself was away
-        self._looked = now
-        try:
-            _reach(self._address, 1.0)
-            self._heard = now
-        except OSError as error:
-            if missed:
-                self._heard = now
-            if now - self._heard > HEAD_SECONDS:
-                raise ExecutorError(f"the head of the Ray cluster at {self._address} is gone: {error}") from None
-            return False
-        return True
 
 
 def _amounts(resources: dict[str, float]) -> str:
@@ -344,73 +344,7 @@ def _controlled(worker: type) -> type:
     """Mark the methods that answer while `run` works. Done here, so that importing this module does not import Ray."""
     import ray
 
-    for name in ("about", "progress", "stop", "cancel"):
-        setattr(worker, name, ray.method(concurrency_group="control")(getattr(worker, name)))
+    groups = {"about": "control", "progress": "control", "stop": "control", "cancel": "control", "live": "life"}
+    for name, group in groups.items():
+        setattr(worker, name, ray.method(concurrency_group=group)(getattr(worker, name)))
     return worker
-
-
-def _connect(address: str | None) -> None:
-    """Start a Ray of our own, or join the one at `address`."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    if address is not None:
-        _someone_listens(address)
-        _use_token(address)
-    import logging
-
-    import ray
-
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        options |= {"address": "local", "include_dashboard": False, "object_store_memory": 128 * 2**20}
-    else:
-        options["address"] = address
-    start: Callable[..., Any] = ray.init
-    try:
-        start(**options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = "a local Ray" if address is None else f"the Ray cluster at {address}"
-        token = "" if address is None or _token_there() else "; if it wants a token, set RAY_AUTH_TOKEN_PATH"
-        raise ExecutorError(f"cannot reach {where}: {str(error).splitlines()[0]}{token}") from None
-
-
-def _someone_listens(address: str) -> None:
-    """Ray itself tries for minutes before it tells that nobody is at an address."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if not colon or not port.isdecimal():
-        return  # 'auto', or what Ray makes of it
-    try:
-        _reach(f"{host}:{port}", CONNECT_SECONDS)
-    except (OSError, OverflowError) as error:
-        raise ExecutorError(
-            f"cannot reach the Ray cluster at {address}: {error}; does `ray status --address {address}` find it?"
-        ) from None
-
-
-def _reach(address: str, seconds: float) -> None:
-    """Whether somebody listens at `host:port`. Raises OSError."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
-
-
-def _token_there() -> bool:
-    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path.home() / ".ray" / "auth_token")
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(file).is_file()
-
-
-def _use_token(address: str) -> None:
-    """A cluster that wants a token refuses clients that have one but were not told to use it, and a cluster without
-    lets clients in that use one, and then their actors die. Ray reads the mode once in a process, so another one asks
-    the cluster what it wants."""
-    if "RAY_AUTH_MODE" in os.environ or not _token_there():
-        return
-    where = [] if address == "auto" else ["--address", address.rpartition("://")[2]]
-    asked = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "health-check", *where],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-    )
-    if "AuthenticationError" in asked.stderr + asked.stdout:
-        os.environ["RAY_AUTH_MODE"] = "token"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import signal
@@ -78,6 +79,48 @@ def leave(job: Job, tell: Tell) -> Outcome:
     sys.exit(7)
 
 
+def die_of_a_real_time_signal(job: Job, tell: Tell) -> Outcome:
+    os.kill(os.getpid(), signal.SIGRTMIN + 6)
+    raise AssertionError
+
+
+def fork_and_leave(job: Job, tell: Tell) -> Outcome:
+    """One child of Python's making, and one that Python does not know of: both hold what this process holds."""
+    for fork in (os.fork, ctypes.PyDLL(None).fork):
+        if fork() == 0:
+            ctypes.PyDLL(None).pause()
+    os._exit(7)
+
+
+def tell_from_a_fork(job: Job, tell: Tell) -> Outcome:
+    if (child := os.fork()) == 0:
+        try:
+            tell(TrialProgress(trial=job.trial, tokens=13))
+        except OSError:
+            os._exit(3)
+        os._exit(0)
+    return job.told({"child": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])})
+
+
+def leave_memory_behind(job: Job, tell: Tell) -> Outcome:
+    LEFT.append(b"x" * (300 * 2**20))
+    return job.told({"pid": os.getpid()})
+
+
+LEFT: list[bytes] = []
+
+
+def hide_and_hang(job: Job, tell: Tell) -> Outcome:
+    """Children without parents or without our words, each in a session of its own."""
+    python, bare = [sys.executable, "-S", "-E", "-c"], "env={}, start_new_session=True"
+    hidden = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+    hiding = f"import subprocess; subprocess.Popen({[*python, hidden]!r}, {bare})"
+    with Path(job.folder, "hidden").open("w") as stream:
+        subprocess.Popen([*python, hidden], env={}, start_new_session=True, stdout=stream)
+        subprocess.run([*python, hiding], check=True, stdout=stream)
+    return hang(job, tell)
+
+
 def kill_the_worker(job: Job, tell: Tell) -> Outcome:
     """The process above the cell: the actor."""
     os.kill(os.getppid(), signal.SIGKILL)
@@ -121,7 +164,12 @@ DEEDS = {
         hang,
         die,
         die_of_a_fault,
+        die_of_a_real_time_signal,
         leave,
+        fork_and_leave,
+        tell_from_a_fork,
+        leave_memory_behind,
+        hide_and_hang,
         kill_the_worker,
         stop_the_worker,
         fork_and_hang,

@@ -217,6 +217,7 @@ def test_who_cannot_be_promoted_any_more() -> None:
     gone[1] = at_rung(7, "complete", 0.2, 0.2)
     assert [trial.id for trial in hopeless([*paused, *gone], ladder, loss, 8)] == [2, 3, 4, 5]
     assert hopeless([*paused, *gone], ladder, loss, 80) == []
+    assert [trial.id for trial in hopeless([*paused, *gone], ladder, loss, 8, always=4)] == [2, 3, 5]
 
 
 def test_the_final_weights_of_the_best_are_kept(tmp_path: Path) -> None:
@@ -237,6 +238,20 @@ def test_the_bound_on_checkpoints_takes_the_least_promising_first(tmp_path: Path
         rig.controller.running[asked.id] = Lease(asked=asked, progress=TrialProgress(trial=asked.id))
         rig.controller.take(saving(rig.controller.job(asked)))
     assert set(kept(tmp_path)) == {2, 3, 4}  # of 0.1, 0.5 and 0.2
+
+
+def test_a_bound_that_cannot_be_kept_is_told_once(tmp_path: Path) -> None:
+    def deed(job: Job) -> Outcome:
+        RunFolder(tmp_path).trial(99).joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
+        RunFolder(tmp_path).trial(99).joinpath("checkpoints/weights").write_bytes(bytes(500))
+        assert rig.controller.retention is not None
+        rig.controller.retention.sizes[99] = 500  # of a trial that runs
+        return saving(job)
+
+    rig = Rig(tmp_path, deed, trials=3, keep_best=1, max_bytes=300)
+    rig.controller.run()
+    assert rig.view.said == ["checkpoints hold 500B, more than their bound allows"]
+    assert set(kept(tmp_path)) == {99}  # all that could be deleted was
 
 
 def test_a_trial_that_is_interrupted_keeps_its_latest_save(tmp_path: Path) -> None:
@@ -308,7 +323,9 @@ def test_a_genome_that_cannot_be_tried_is_told_and_the_search_goes_on(tmp_path: 
     assert len(rig.view.said) == 1 and rig.view.said[0].startswith("not enqueued: ")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "format the disk", "genome": null}', '{"kind": "stop"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 5000, '{"kind": "format the disk", "genome": null}', '{"kind": "stop"}']
+)
 def test_what_is_no_request_is_set_aside(tmp_path: Path, text: str) -> None:
     rig = Rig(tmp_path, result)
     (tmp_path / "requests").mkdir()

@@ -14,10 +14,11 @@ import pytest
 from deeds import job, runner
 
 from evolm.errors import ExecutorError
-from evolm.executors import ray_actors
+from evolm.executors import ray_cluster
 from evolm.executors.base import Executor, Limits, Outcome, TrialProgress
 from evolm.executors.inline import InlineExecutor
 from evolm.executors.ray_actors import Needs, RayExecutor
+from evolm.executors.ray_cluster import Head
 
 
 def collect(executor: Executor, count: int) -> list[Outcome]:
@@ -144,6 +145,16 @@ class TestRay(ExecutorContract):
             until_idle(executor, 0)
             assert executor.workers[0]["pid"] != before
 
+    def test_an_idle_worker_that_dies_is_replaced_before_it_gets_a_job(self, executor: RayExecutor) -> None:
+        before = executor.workers[0]["pid"]
+        os.kill(before, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while executor.workers[0]["pid"] == before or 0 not in executor.idle():
+            executor.idle()
+            assert executor.wait(0.1) == [] and time.monotonic() < deadline
+        executor.submit(0, job(1))
+        assert collect(executor, 1)[0].kind == "result"
+
     def test_a_worker_that_is_not_heard_any_more_is_replaced(self, executor: RayExecutor) -> None:
         before = executor.workers[0]["pid"]
         executor.submit(0, job(1, "stop the worker"))
@@ -224,6 +235,8 @@ def test_an_address_where_nobody_listens_is_told_at_once(scheme: str) -> None:
         (Needs(cpus=1), {"CPU": 4.0}, 4),
         (Needs(cpus=3), {"CPU": 4.0}, 1),
         (Needs(cpus=1, gpus=0.25), {"CPU": 16.0, "GPU": 2.0}, 8),
+        (Needs(cpus=1, gpus=0.2), {"CPU": 16.0, "GPU": 1.0}, 5),
+        (Needs(cpus=0.1), {"CPU": 1.0}, 10),
         (Needs(cpus=1, gpus=1), {"CPU": 16.0}, 0),
         (Needs(cpus=1, memory=6), {"CPU": 16.0, "memory": 20.0}, 3),
         (Needs(cpus=0), {}, 1),
@@ -235,10 +248,10 @@ def test_places_on_a_node(needs: Needs, node: dict[str, float], places: int) -> 
 
 def test_a_head_that_is_gone_is_told_before_ray_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(ray_actors.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: clock[0])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        head = ray_actors._Head(f"127.0.0.1:{taken.getsockname()[1]}")
+        head = Head(f"127.0.0.1:{taken.getsockname()[1]}")
         for clock[0] in (5.0, 10.0, 15.0, 20.0):
             head.check()
         clock[0] = 25.0
@@ -248,9 +261,9 @@ def test_a_head_that_is_gone_is_told_before_ray_ends_the_process(monkeypatch: py
 
 def test_a_process_that_was_away_itself_does_not_blame_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(ray_actors.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: clock[0])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        head = ray_actors._Head(f"127.0.0.1:{taken.getsockname()[1]}")
+        head = Head(f"127.0.0.1:{taken.getsockname()[1]}")
         clock[0] = 3600.0
         head.check()

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from evolm.signals import on_signals
 from fitness.errors import StorageError
 from fitness.ledger import Ledger
 
@@ -129,6 +130,20 @@ def pause(seconds: float, process: subprocess.Popen[bytes]) -> None:
     """Let a process go on for so long, or until it has ended."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    """What nohup does to SIGHUP."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_signals(heard.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

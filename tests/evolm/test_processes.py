@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from evolm.executors import processes
-from evolm.executors.processes import Family, die_with_parent, kill_marked, marked
+from evolm.executors.processes import Family, die_with_parent, how_it_ended, kill_marked, marked
 
 MARK = "EVOLM_TEST"
 
@@ -122,6 +122,55 @@ def test_sigterm_reaches_the_whole_group(start: Start, tmp_path: Path) -> None:
     members = [family.pid, *children(family, 1)]
     family.ask_to_end()
     until(lambda: sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, members)))
+
+
+def test_a_member_that_left_in_every_way_is_ended(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the first process has ended, nothing leads to it any more."""
+    killpg = os.killpg
+
+    def kill_and_see(group: int, number: int) -> None:
+        killpg(group, number)
+        until(lambda: not lives(group))
+
+    monkeypatch.setattr(os, "killpg", kill_and_see)
+    family = start(["sh", "-c", f"env -i setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 60' & wait"])
+    until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+    sleeper = int((tmp_path / "pid").read_text())
+    until(lambda: psutil.Process(sleeper).name() == "sleep")
+    assert marked(family._mark)[0].pid == family.pid and os.getpgid(sleeper) != family.pid
+    family.kill()
+    assert not lives(sleeper)
+
+
+def test_all_processes_of_the_machine_are_looked_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[str] = []
+
+    def search(mark: str) -> list[psutil.Process]:
+        searches.append(mark)
+        return marked(mark)
+
+    monkeypatch.setattr(processes, "marked", search)
+    monkeypatch.setattr(os, "killpg", lambda *_: None)  # as if all had left the group
+    family = start("import os, signal\nfor _ in range(3): os.fork()\nsignal.pause()")
+    members = children(family, 7)
+    family.kill()
+    assert searches == [family._mark] and not any(lives(pid) for pid in members)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, "ended with exit code 0"),
+        (7, "ended with exit code 7"),
+        (-11, "ended with SIGSEGV"),
+        (-40, "ended with signal 40"),
+        (None, "was killed, but the kernel holds it up"),
+    ],
+)
+def test_how_a_process_ended_can_always_be_told(code: int | None, words: str) -> None:
+    assert how_it_ended(code) == words
 
 
 def test_what_carries_a_mark_is_found_and_ended() -> None:

@@ -95,7 +95,7 @@ def launch(tmp_path: Path, token: str) -> Launch:
     def start(*words: object, head_seconds: float = 20.0) -> subprocess.Popen[str]:
         name, _, value = token.partition("=")
         program = (
-            f"from evolm.executors import ray_actors; ray_actors.HEAD_SECONDS = {head_seconds}\n"
+            f"from evolm.executors import ray_cluster; ray_cluster.HEAD_SECONDS = {head_seconds}\n"
             "from evolm.cli import main; main()"
         )
         return subprocess.Popen(

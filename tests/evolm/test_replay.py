@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from evolm.search import Search
 from fitness.ledger import Ledger
 from fitness.objectives import minimised
 from fitness.pareto import Normaliser
+from fitness.repair import repair
 from search_spaces import Genome, Space
 from search_spaces.genes import Rng
 from trainer import cost
@@ -133,6 +136,22 @@ def test_operator_and_parents_are_compared_too(tmp_path: Path, space_text: str) 
 def test_what_a_user_enqueued_is_no_proposal(tmp_path: Path, space_text: str) -> None:
     found = verify(made(tmp_path / "run", space_text, 8, change=given_by_hand))
     assert (found.equal, found.enqueued, found.different) == (6, 2, ())
+
+
+def test_proposals_that_had_seen_what_is_lost_are_counted_apart(tmp_path: Path, space_text: str, evolm) -> None:
+    run = made(tmp_path / "run", space_text, 8, algorithm="nsga2", on_disk=True)
+    run.ledger.close()
+    with sqlite3.connect(tmp_path / "run" / "ledger.db") as connection:
+        connection.execute("DELETE FROM events WHERE seq = 9")  # what trial 4 told
+    connection.close()
+    repair(tmp_path / "run" / "ledger.db")
+    found = verify(package.load(tmp_path / "run"))
+    assert (found.equal, found.unverifiable, found.different) == (4, 4, ())
+    assert found.as_dict()["unverifiable"] == 4
+    assert evolm("replay", tmp_path / "run", "--verify").code == 0
+    (different,) = verify(made(tmp_path / "other", space_text, 8, change=other_rate)).different
+    with pytest.raises(GateError, match=r"differ \(trial 5\) \(4 more cannot be compared: events are lost\); "):
+        replace(found, different=(different,)).raise_if_different()
 
 
 def test_a_trial_that_nobody_could_have_proposed(tmp_path: Path, space_text: str) -> None:

@@ -60,6 +60,7 @@ def test_this_machine_knows_its_own_filesystems(tmp_path):
     [
         *("nfs", "nfs4", "NFS", "cifs", "smb3", "smbfs", "9p", "lustre", "ceph", "glusterfs", "gpfs", "beegfs", "afs"),
         *("fuse.sshfs", "fuse.s3fs", "fuse.glusterfs", "virtiofs", "wekafs", "ocfs2"),
+        *("fuse", "FUSE", "fuse3", "osxfuse"),
     ],
 )
 def test_shared(kind):

@@ -107,10 +107,119 @@ def test_no_flipped_bit_is_believed(path, large):
             assert str(path.parent) in str(error)
 
 
-def flipped(data, position):
+def flipped(data, position, bit=None):
     changed = bytearray(data)
-    changed[position] ^= 1 << position % 8
+    changed[position] ^= 1 << (position % 8 if bit is None else bit)
     return bytes(changed)
+
+
+@pytest.fixture
+def small(ledger, path):
+    """The bytes of a small ledger, and where in them its schema and its meta data stand."""
+    for _ in range(3):
+        happen(ledger, propose(ledger).id, "start", "top")
+    ledger.close()
+    data = path.read_bytes()
+    with closing(sqlite3.connect(path)) as connection:
+        pages = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name IN ('meta', 'spare_meta')").fetchall()
+    used = (at for (page,) in [(1,), *pages] for at in range((page - 1) * PAGE, page * PAGE) if data[at])
+    return data, list(used)
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_no_flipped_bit_of_the_schema_is_believed(path, small, turn):
+    data, used = small
+    with closing(Ledger.open(path)) as read:
+        before = (read.trials, read.seq, read.meta)
+    for position in used[turn::4]:
+        path.write_bytes(flipped(data, position, 7 if position // 4 % 2 else position // 8 % 7))  # 7: no text any more
+        with suppress(LedgerDamaged), closing(Ledger.open(path)) as read:
+            assert (read.trials, read.seq, read.meta) == before
+
+
+def test_a_flipped_bit_of_the_schema_costs_nothing_after_a_repair(path, small):
+    data, used = small
+    whole = rows(path)
+    for position in used[::80]:
+        for bit in (position % 8, 7):
+            path.write_bytes(flipped(data, position, bit))
+            repair(path)
+            if rows(path) != whole:  # SQLite reads it as it was, by the schema that it is
+                with closing(Ledger.open(path)) as read:
+                    assert len(read.trials) == 3
+    assert rows(path) == whole
+
+
+# --- the write-ahead log ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def killed(tmp_path, path):
+    """The files of a ledger whose writer was killed, and its rows: twelve trials, most of them in the log."""
+    live = tmp_path / "live" / "ledger.db"
+    live.parent.mkdir()
+    with closing(Ledger.create(live, {})) as ledger:
+        for _ in range(12):
+            happen(ledger, propose(ledger).id, "start", "top")
+        data, log = live.read_bytes(), live.with_name("ledger.db-wal").read_bytes()
+        whole = rows(live)
+    path.write_bytes(data)
+    path.with_name("ledger.db-wal").write_bytes(log)
+    return log, whole
+
+
+def test_no_flipped_bit_of_the_log_is_written_over(path, killed):
+    """The log is refused, or read to its end; but for the last commit, which may have been cut short."""
+    log, _ = killed
+    data = path.read_bytes()
+    told = 0
+    for position in [*range(32), *random.Random(0).sample(range(32, len(log)), 20)]:
+        path.write_bytes(data)
+        path.with_name("ledger.db-shm").unlink(missing_ok=True)
+        path.with_name("ledger.db-wal").write_bytes(flipped(log, position))
+        try:
+            with closing(Ledger.open(path, write=True)) as ledger:
+                assert len(ledger.trials) == 12 and ledger.seq >= 23
+        except LedgerDamaged as error:
+            told += 1
+            assert "breaks off before its end; the file is damaged" in str(error)
+            assert path.with_name("ledger.db-wal").read_bytes() == flipped(log, position)
+    assert told > 40
+
+
+def test_what_stands_behind_a_flipped_bit_of_the_log_is_kept(path, killed):
+    log, whole = killed
+    for position in (40, len(log) // 2):
+        path.with_name("ledger.db-wal").write_bytes(flipped(log, position))
+        done = repair(path)
+        assert (done.trials, done.events, done.lost_trials, done.lost_events) == (12, 24, 0, 0)
+        assert rows(path) == whole
+
+
+def test_a_commit_that_was_cut_short_is_no_damage(path, killed):
+    log, _ = killed
+    frame = 24 + PAGE
+    path.with_name("ledger.db-wal").write_bytes(log[: len(log) - frame - 100])
+    with closing(Ledger.open(path, write=True)) as ledger:
+        assert (len(ledger.trials), ledger.seq) == (12, 23)
+
+
+def test_a_second_copy_that_was_changed_is_written_anew(path, small):
+    Ledger.open(path).close()
+    for table, change in (("spare_trials", "UPDATE spare_trials SET seen = 9 WHERE id = 2"), ("spare_meta", None)):
+        execute(path, change or "DELETE FROM spare_meta WHERE key = 'seed'")
+        Ledger.open(path, write=True).close()
+        with closing(sqlite3.connect(path)) as connection:
+            first = connection.execute(f"SELECT * FROM {table.removeprefix('spare_')} ORDER BY 1").fetchall()
+            assert connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() == first
+
+
+def test_a_trial_of_which_only_the_second_copy_is_left_is_damage(ledger, path):
+    for _ in range(3):
+        propose(ledger)
+    ledger.close()
+    execute(path, "DELETE FROM trials WHERE id = 3")
+    assert "rows of trials are missing" in opening(path, write=True)
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------
@@ -190,7 +299,8 @@ def test_trials_are_kept_up_to_the_first_that_is_gone(ledger, path):
     done = check_repaired(path, whole)
     assert (done.trials, done.lost_trials, done.events, done.lost_events) == (2, 3, 4, 6)
     assert str(done) == (
-        f"{path}: kept 2 trials and 4 events, lost 3 trials and 6 events; the damaged file is ledger.db.torn-1"
+        f"{path}: kept 2 trials and 4 events (what happened to them), lost 3 trials and 6 events; results among those "
+        "are trained again; the damaged file is ledger.db.torn-1"
     )
 
 
@@ -398,3 +508,38 @@ def test_a_repair_that_was_cut_short_is_told(ledger, path):
     assert opening(path) == (
         f"{path.parent}: a repair was cut short; `evolm resume {path.parent} --repair` finishes it"
     )
+
+
+def test_a_repair_without_the_damaged_file_is_finished(path, large, whole):
+    ready = path.with_name("ledger.db.repaired")
+    ready.write_bytes(large)
+    path.write_bytes(hole(large, 0))
+    assert repair(path).torn == path.with_name("ledger.db.torn-1")
+    assert rows(path) == whole and not ready.exists()
+
+
+def test_a_copy_that_the_user_put_back_meanwhile_is_kept(ledger, path):
+    happen(ledger, propose(ledger).id, "start", "top")
+    ledger.close()
+    copy = path.read_bytes()
+    execute(path, "UPDATE events SET time = 5 WHERE seq = 1")
+    repair(path)
+    repaired = path.read_bytes()
+    for left in (repaired, repaired[:-100]):  # with one event less, and not whole
+        path.with_name("ledger.db.repaired").write_bytes(left)
+        path.write_bytes(copy)
+        assert "nothing is wrong with it" in str(repair(path))
+        assert path.read_bytes() == copy and not path.with_name("ledger.db.repaired").exists()
+
+
+def test_a_repair_that_is_longer_than_what_a_shorter_log_left_is_finished(ledger, path):
+    propose(ledger)
+    ledger.close()
+    shorter = path.read_bytes()
+    with closing(Ledger.open(path, write=True)) as again:
+        happen(again, 1, "start", "top")
+    path.with_name("ledger.db.repaired").write_bytes(path.read_bytes())
+    path.write_bytes(shorter)
+    done = repair(path)
+    assert (done.trials, done.events) == (1, 2)
+    assert done.torn.read_bytes() == shorter

@@ -16,6 +16,8 @@ from histories import happen, propose
 from fitness.ballast import SIZE, Ballast
 from fitness.errors import RunBusy, StorageError
 from fitness.ledger import Ledger
+from fitness.repair import repair
+from search_spaces import Genome
 
 
 @pytest.fixture(params=["local", "network"])
@@ -173,7 +175,7 @@ def test_what_the_system_refuses_is_told(ledger, path, monkeypatch, error, advic
         raise error
 
     ledger.close()
-    monkeypatch.setattr("pathlib.Path.open", refused)
+    monkeypatch.setattr("fitness.database.filesystem", refused)
     with pytest.raises(StorageError, match=f"{error.strerror}; {advice}"):
         Ledger.open(path)
 
@@ -221,6 +223,37 @@ def test_another_ledger_in_the_place_of_this_one_is_noticed(ledger, path, tmp_pa
     path.rename(tmp_path / "elsewhere.db")
     Ledger.create(path, {}).close()
     assert ledger.vanished()
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_a_log_that_was_removed_under_the_writer_is_noticed(ledger, path, suffix):
+    propose(ledger)
+    path.with_name(f"ledger.db{suffix}").unlink()
+    with pytest.raises(StorageError, match="removed or replaced while the search was writing it"):
+        propose(ledger)
+    assert len(ledger.trials) == 1
+
+
+def test_a_ledger_behind_a_link_is_the_one_that_it_leads_to(path, tmp_path):
+    target = tmp_path / "other disk" / "target.db"
+    target.parent.mkdir()
+    path.symlink_to(target)
+    with closing(Ledger.create(path, {})) as ledger:
+        happen(ledger, propose(ledger).id, "start")
+        with closing(Ledger.open(path)) as reader:
+            assert reader.trials == ledger.trials
+        log = target.with_name("target.db-wal").read_bytes()
+    with closing(Ledger.open(path, write=True)) as again:
+        happen(again, 1, "top")
+    assert path.is_symlink() and [file.name for file in tmp_path.iterdir() if file.name.startswith("ledger")] == [
+        "ledger.db"
+    ]
+    target.write_bytes(target.read_bytes()[:-4096])  # damaged, and a part of it lies in a log
+    target.with_name("target.db-wal").write_bytes(log)
+    assert repair(path).trials == 1
+    assert path.is_symlink()
+    with closing(Ledger.open(path)) as reader:
+        assert reader.trials[1].lease == 1
 
 
 def test_a_process_that_moves_to_another_folder_still_finds_its_ledger(tmp_path, monkeypatch, path):
@@ -395,7 +428,7 @@ def test_no_room_for_the_ballast(path, monkeypatch, what):
         Ledger.create(path, {}).close()
         path.with_name("ballast").unlink()
     monkeypatch.setattr("fitness.ballast.os.fsync", full)
-    with pytest.raises(StorageError, match="Disk quota exceeded; a search keeps 1 MiB there") as caught:
+    with pytest.raises(StorageError, match="Disk quota exceeded; a search keeps 4 MiB there") as caught:
         Ledger.create(path, {}) if what == "create" else Ledger.open(path, write=True)
     assert str(path.with_name("ballast")) in str(caught.value)
     assert not path.with_name("ballast").exists()
@@ -469,3 +502,40 @@ def test_a_disk_that_takes_no_more_loses_nothing_that_was_acknowledged(disk, pat
     with closing(Ledger.open(path, write=True)) as again:
         assert propose(again).id == len(again.trials)
     assert_sound(path)
+
+
+def test_the_log_begins_anew_before_it_fills_half_of_the_ballast(ledger, path):
+    for _ in range(300):
+        propose(ledger)
+    assert path.with_name("ledger.db-wal").stat().st_size < SIZE / 2
+
+
+LAST_TO_CLOSE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("SELECT * FROM trials").fetchall()
+connection.close()  # who is the last one takes the log away
+"""
+
+
+def test_a_reader_in_the_writers_process_leaves_the_writer_its_locks(ledger, path):
+    """SQLite's locks on a file are gone from a process that closes the file anywhere."""
+    propose(ledger)
+    for _ in range(2):
+        Ledger.open(path).close()
+        subprocess.run([sys.executable, "-c", LAST_TO_CLOSE, str(path)], check=True)
+        assert path.with_name("ledger.db-wal").exists() and not ledger.vanished()
+        propose(ledger)
+    with closing(Ledger.open(path)) as reader:
+        assert len(reader.trials) == 3
+
+
+def test_on_a_shared_disk_a_reader_lets_the_writer_go_on_while_it_folds(path, monkeypatch):
+    monkeypatch.setattr("fitness.database.is_network", lambda filesystem: True)
+    monkeypatch.setattr("fitness.database.NETWORK_PATIENCE", 0.0)
+    with closing(Ledger.create(path, {})) as ledger:
+        propose(ledger)
+        monkeypatch.setattr("fitness.ledger.Genome", lambda text: happen(ledger, 1, "start") and Genome(text))
+        with closing(Ledger.open(path)) as reader:
+            assert reader.trials[1].state == "proposed"
+        assert ledger.trials[1].state == "running"

@@ -55,12 +55,24 @@ def test_an_outcome_with_its_lease_counts_as_one_without(ledger, trial, kind):
 def test_an_outcome_of_a_launch_that_was_given_up_is_late(ledger, path, trial, kind):
     before = happen(ledger, 1, "lost", "start")
     assert outcome(ledger, kind, trial.lease) is None
-    spent = {"flops": 0, "seconds": 0} if kind == "infeasible" else {"flops": 100, "seconds": 2}
-    after = replace(before, flops=before.flops + spent["flops"], seconds=before.seconds + spent["seconds"])
+    assert (before.flops, before.seconds) == (5, 1)  # what was known of the launch when it was lost
+    after = before if kind == "infeasible" else replace(before, flops=100, seconds=2)
     assert ledger.trials[1] == after
     assert (ledger.late, ledger.seq) == (1, 4)
     with closing(Ledger.open(path)) as again:
         assert (again.trials[1], again.late) == (after, 1)
+
+
+@pytest.mark.parametrize("end", ["result", "top", "crash", "infeasible", "stop", "lost", "start"])
+def test_a_launch_is_paid_for_once_however_often_it_is_told(ledger, path, trial, end):
+    happen(ledger, 1, end)
+    for kind in ("result", "fail", "result", "infeasible"):
+        assert outcome(ledger, kind, trial.lease) is None
+        assert (ledger.trials[1].flops, ledger.trials[1].seconds) == (100, 2)
+    assert (ledger.late, ledger.seq) == (1, 3)
+    with closing(Ledger.open(path, write=True)) as again:
+        assert outcome(again, "result", trial.lease) is None
+        assert (again.trials, again.late, again.seq) == (ledger.trials, 1, 3)
 
 
 @pytest.mark.parametrize("end", ["top", "crash", "infeasible", "stop", "lost"])
@@ -76,7 +88,7 @@ def test_what_was_late_says_what_it_was(ledger, path, trial):
     outcome(ledger, "result", trial.lease)
     with closing(sqlite3.connect(path)) as connection:
         found = connection.execute("SELECT trial, rung, body, lease FROM events WHERE kind = 'late'").fetchall()
-    assert found == [(1, None, '{"flops":100,"kind":"result","lease":1,"seconds":2}', None)]
+    assert found == [(1, None, '{"flops":95,"kind":"result","lease":1,"seconds":1}', None)]
 
 
 def test_a_trial_that_was_never_launched_has_no_lease_to_show(ledger):

@@ -97,8 +97,6 @@ def assert_as_it_was(ledger):
     assert (second.state, second.lease, second.failures, second.attempts) == ("proposed", None, {"lost": 1}, 2)
     assert (third.state, third.message, third.parents, third.seen) == ("infeasible", "no such shape", (1,), 2)
     assert (ledger.seq, ledger.late) == (10, 0)
-    assert ledger.times() == {seq: event[-1] for seq, event in enumerate(EVENTS, 1)}
-    assert ledger.worked() == {1: 0, 2: 1, 3: 1.5, 4: 3, 5: 3, 6: 4, 7: 4, 8: 5, 9: 6, 10: 7}
     assert [(session["pid"], session["seconds"]) for session in ledger.sessions()] == [(1, 4), (2, 3)]
 
 
@@ -121,6 +119,14 @@ def test_a_writer_brings_the_first_schema_up_to_date_once(old):
     with closing(Ledger.open(old, write=True)) as ledger:
         assert_as_it_was(ledger)
     assert dump(old) == after
+
+
+def test_the_ledger_as_it_was_is_kept(old):
+    before = dump(old)
+    for _ in range(2):
+        Ledger.open(old, write=True).close()
+        assert dump(old.with_name("ledger.db.v1")) == before
+    assert {file.name for file in old.parent.iterdir()} == {"ledger.db", "ledger.db.v1", "ballast"}
 
 
 def test_every_old_row_is_kept_and_every_old_launch_has_its_lease(old):
@@ -239,3 +245,53 @@ def test_a_ledger_of_a_newer_evolm(ledger, path, write):
         f"{path}: has schema version 3, this evolm reads up to 2; a newer evolm wrote it: use that one, or update "
         "this one"
     )
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("table", ["meta", "trials", "events"])
+def test_a_newer_schema_with_a_column_more(ledger, path, table, write):
+    ledger.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        row = ("schema_version", "3")
+        connection.execute("UPDATE meta SET value = ?, sum = ? WHERE key = ?", (row[1], checksum(row), row[0]))
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN more TEXT")
+        connection.execute(f"ALTER TABLE {table} RENAME COLUMN sum TO checked")
+        if table != "meta":
+            connection.execute(f"DELETE FROM {table}")
+    with pytest.raises(StorageError, match="a newer evolm wrote it") as caught:
+        Ledger.open(path, write=write)
+    assert not isinstance(caught.value, LedgerDamaged)
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    ["ALTER TABLE meta ADD COLUMN more TEXT", "DELETE FROM meta", "UPDATE meta SET sum = 1", "DROP TABLE meta"],
+)
+def test_a_ledger_that_does_not_say_its_version_is_damaged(ledger, path, change, write):
+    ledger.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(change)
+    with pytest.raises(LedgerDamaged):
+        Ledger.open(path, write=write)
+
+
+def test_a_reader_reads_one_moment_of_a_ledger_that_is_brought_up_to_date(old, monkeypatch):
+    from fitness import database
+
+    check, turns = database.check_version, iter([True])
+
+    def meanwhile(*arguments):
+        if next(turns, False):
+            Ledger.open(old, write=True).close()
+        check(*arguments)
+
+    with closing(sqlite3.connect(old)) as other:
+        other.execute("SELECT * FROM meta").fetchall()  # so that the log stays there
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("CREATE TABLE kept (x)")
+        other.execute("DROP TABLE kept")
+        other.execute("COMMIT")
+        monkeypatch.setattr("fitness.database.check_version", meanwhile)
+        with closing(Ledger.open(old)) as reader:
+            assert_as_it_was(reader)

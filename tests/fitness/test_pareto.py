@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitness import pareto
 from fitness.pareto import (
     Normaliser,
     adds_most,
     as_ranks,
+    best,
     contributions,
+    crowding,
     hypervolume,
     knee,
     nondominated,
@@ -222,6 +225,50 @@ def test_the_knee_does_not_depend_on_units():
 @pytest.mark.parametrize("rows", [[[1, 2]], [[1, 2], [2, 1]], [[1, 1], [2, 2], [3, 3]]])
 def test_a_front_of_less_than_three_has_no_knee(rows):
     assert knee(points(*rows)) is None
+
+
+# --- crowding ---------------------------------------------------------------------------------------------------------
+
+
+def test_who_dominates_whom():
+    rows = np.random.default_rng(4).integers(0, 3, (20, 2)).astype(float)  # with ties
+    table = pareto.dominates(rows)
+    assert all(table[i, j] == dominates(rows[i], rows[j]) for i in range(20) for j in range(20))
+
+
+def test_crowding_is_that_of_deap():
+    from deap import base
+    from deap.tools.emo import assignCrowdingDist
+
+    rows = np.random.default_rng(5).random((40, 3))
+    fitness = type("Fitness", (base.Fitness,), {"weights": (-1.0,) * 3})
+    reference = []
+    for row in rows:
+        one = type("One", (), {})()
+        one.fitness = fitness(tuple(row))
+        reference.append(one)
+    assignCrowdingDist(reference)
+    expected = np.array([one.fitness.crowding_dist for one in reference]) * 3  # DEAP takes the mean over objectives
+    np.testing.assert_allclose(crowding(rows), expected)
+
+
+def test_crowding_of_points_that_are_all_alike_prefers_none():
+    assert list(crowding(points([1, 2], [1, 2], [1, 2]))) == [0, 0, 0]
+    assert len(crowding(np.zeros((0, 2)))) == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 17, 40, 60])
+def test_the_best_are_whole_fronts_and_the_ends_of_the_last(count):
+    rows = np.random.default_rng(6).random((40, 2))
+    chosen, front = best(rows, count), ranks(rows)
+    assert len(set(chosen)) == len(chosen) == min(count, 40)
+    if 0 < count < 40:
+        worst = front[chosen].max()
+        assert set(np.flatnonzero(front < worst)) <= set(chosen)
+        edge = [i for i in chosen if front[i] == worst]
+        left = [i for i in np.flatnonzero(front == worst) if i not in set(chosen)]
+        distance = dict(zip(np.flatnonzero(front == worst), crowding(rows[front == worst]), strict=True))
+        assert all(distance[i] >= distance[j] for i in edge for j in left)
 
 
 # --- bounds that do not move ------------------------------------------------------------------------------------------

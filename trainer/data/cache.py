@@ -78,7 +78,7 @@ def _whole(folder: Path) -> bool:
     try:
         sizes: dict[str, int] = json.loads(contents.read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # of another failure, a disk may be the cause that comes back
         return False
 
 
