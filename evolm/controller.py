@@ -26,7 +26,7 @@ LEASE_SECONDS = 120.0
 END_SECONDS = 60.0
 """How long running trials may take to save after something fatal, and to end after they were cancelled."""
 
-RETRIES: Mapping[Reason, int] = {"lost": 2, "crashed": 1}
+RETRIES: Mapping[Reason, int] = {"lost": 5, "crashed": 1}
 """How often a trial is tried again, on its way from one rung to the next, after a failure for this reason. Not at all
 for any other: it would fail again (`interrupted` is no failure: it goes on when the run does)."""
 

@@ -275,6 +275,7 @@ class RayExecutor:
         try:
             return [self._ray.get(reference)]
         except self._ray.exceptions.RayError as error:
+            self._check_node()  # where the cluster itself is gone, no trial's worker was lost
             self._start(slot)
             return [job.failed("lost", f"worker {slot} died: {_words(error)}")]
 

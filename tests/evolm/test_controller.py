@@ -120,11 +120,11 @@ def test_failures_are_kept_and_the_search_goes_on(tmp_path: Path) -> None:
     assert rig.search.trials()[0].reason == "diverged" and rig.search.trials()[0].flops == 3.0
 
 
-def test_a_lost_trial_is_launched_three_times(tmp_path: Path) -> None:
+def test_a_lost_trial_is_launched_six_times(tmp_path: Path) -> None:
     rig = Rig(tmp_path, lambda job: failure(job, "lost"), trials=1)
     rig.controller.run()
     (trial,) = rig.search.trials()
-    assert (trial.state, trial.reason, trial.attempts) == ("failed", "lost", 3)
+    assert (trial.state, trial.reason, trial.attempts) == ("failed", "lost", 6)
 
 
 def test_metrics_that_are_none_fail_the_trial_by_name(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_trial_that_is_interrupted_keeps_its_latest_save(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("reason", "attempts"),
-    [("lost", 3), ("crashed", 2), ("oom", 1), ("timeout", 1), ("diverged", 1), ("leak", 1), ("bad_metrics", 1)],
+    [("lost", 6), ("crashed", 2), ("oom", 1), ("timeout", 1), ("diverged", 1), ("leak", 1), ("bad_metrics", 1)],
 )
 def test_each_reason_has_its_own_number_of_retries(tmp_path: Path, reason: Reason, attempts: int) -> None:
     rig = Rig(tmp_path, lambda job: failure(job, reason), trials=1)

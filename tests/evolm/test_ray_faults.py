@@ -191,6 +191,19 @@ def test_a_head_that_is_killed_ends_the_search_with_words(
     assert "Traceback" not in output
 
 
+def test_a_node_of_our_own_that_is_killed_ends_the_search_and_costs_no_trial_a_retry(
+    tmp_path: Path, launch: Launch, long_space: Path, cache: Path, token: str
+) -> None:
+    process = launch("search", long_space, "--run", "first", "--cache", cache)
+    under_way(tmp_path / "runs/first", process)
+    (raylet,) = own(token, "raylet/raylet")
+    raylet.kill()
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, output
+    assert "error: the Ray node of this machine is gone" in output and "go on with: evolm resume runs/first" in output
+    assert ledger(tmp_path / "runs/first")[1].failures == {}
+
+
 def test_a_second_interrupt_ends_trials_that_do_not_hear(
     tmp_path: Path, launch: Launch, long_space: Path, cache: Path, token: str
 ) -> None:
