@@ -49,8 +49,12 @@ def work_until_told_to_stop(job: Job, tell: Tell) -> Outcome:
         time.sleep(0.001)
 
 
-def work_a_while(job: Job, tell: Tell) -> Outcome:
-    until, steps = time.monotonic() + 0.5, 0
+def work_longer(job: Job, tell: Tell) -> Outcome:
+    return work_a_while(job, tell, 1.5)
+
+
+def work_a_while(job: Job, tell: Tell, seconds: float = 0.5) -> Outcome:
+    until, steps = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         steps += 1
         tell(TrialProgress(trial=job.trial, tokens=steps, total_tokens=steps + 1, flops=float(steps)))
@@ -161,6 +165,7 @@ DEEDS = {
         answer,
         work_until_told_to_stop,
         work_a_while,
+        work_longer,
         hang,
         die,
         die_of_a_fault,

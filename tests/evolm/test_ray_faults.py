@@ -32,14 +32,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
 
 
 class Silent:
-    def __init__(self, then: Callable[[Trial], None]) -> None:
+    def __init__(self, then: Callable[[Sequence[TrialProgress]], None]) -> None:
         self.then = then
 
     def told(self, trial: Trial) -> None:
-        self.then(trial)
+        pass
 
     def tick(self, running: Sequence[TrialProgress]) -> None:
-        pass
+        self.then(running)
 
     def say(self, text: str) -> None:
         pass
@@ -56,10 +56,14 @@ def test_a_node_that_is_removed_costs_its_trials_a_launch_and_nothing_else(
     try:
         assert len(executor.workers) == 2
         monkeypatch.setattr(ray_actors, "START_SECONDS", 6.0)  # until the slot of the node is done without
-        search = Search(Space.from_dict({"deed": "work a while", "n": {"float": [0, 1]}}), ["loss"], algorithm="random")
+        search = Search(Space.from_dict({"deed": "work longer", "n": {"float": [0, 1]}}), ["loss"], algorithm="random")
 
-        def remove(trial: Trial) -> None:
-            if trial.id == 3:
+        removed: list[bool] = []
+
+        def remove(running: Sequence[TrialProgress]) -> None:
+            """Both nodes are in the middle of a trial."""
+            if not removed and len(running) == 2 and all(0 < progress.tokens < 100 for progress in running):
+                removed.append(True)
                 cluster.remove_node(second)
 
         controller = Controller(
