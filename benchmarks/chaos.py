@@ -1,6 +1,6 @@
 """A search under fire: evolm on Ray, and the same search under Ray Tune, with a random fault every 20 seconds.
 
-    python benchmarks/chaos.py [--minutes 10] [--every 20] [--seed 0] [--only evolm|tune] [--out FILE.json]
+    python benchmarks/chaos.py [--minutes 10] [--every 20] [--rounds 1] [--seed 0] [--only evolm|tune] [--out FILE.json]
 
 Both train the same recipes (random search over a small space of models, on the text of this Python's own installation)
 in the same order, with the same seeds, steps, checkpoint interval and scores, two at a time on one thread each, one
@@ -24,6 +24,8 @@ into a metrics.jsonl of its trial, fifty a trial, so up to 2 % of each broken la
 the trials that are complete at the end, under way the furthest that unfinished ones had come, wasted the rest. Time
 without training is from the last line under one controller to the first launch under a later one.
 
+Other work on the machine slows every start, and counts like faults: when trials of one side ran much faster than those
+of the other, the table says that they do not compare. With `--rounds` the sides take turns, ended in order in between.
 How Tune is set up is told in chaos_tune.py; TUNE_* variables of the environment reach it. The corpus is built before
 the clock starts. Everything lies in a temporary folder, that of Ray too, and every process is ended.
 """
@@ -58,6 +60,9 @@ WORKERS = 2
 CHECKPOINT_SECONDS = 6
 TRIALS_A_MINUTE = 10
 """More than two threads can train."""
+
+ALIKE = 1.25
+"""Ratio of the speeds of training up to which the two sides had the same machine."""
 
 SPACE = """
 version: 1
@@ -169,20 +174,29 @@ def figures(side: Evolm | Tune, story: Story, recipes: Sequence[Values], prices:
     }
 
 
-def endure(
-    side: Evolm | Tune, options: argparse.Namespace, folder: Path, recipes: list[Values], prices: list[float]
-) -> dict[str, Any]:
-    """One side from its first start to its last process."""
+def endure(sides: Sequence[Evolm | Tune], options: argparse.Namespace, prices: Sequence[float]) -> list[Story]:
+    """Every side's whole time, in rounds in which they take turns."""
     began = time.monotonic()
+    seconds = 60 * options.minutes
+    supervisors = [
+        Supervisor(side, schedule(options.faults, seconds, options.every, options.seed), side.folder, prices)
+        for side in sides
+    ]
+    for number in range(1, options.rounds + 1):
+        for side, supervisor in zip(sides, supervisors, strict=True):
 
-    def say(text: str) -> None:
-        print(f"{side.name:8} {time.monotonic() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
+            def say(text: str, name: str = side.name, clock: Supervisor = supervisor) -> None:
+                spent = f"{time.monotonic() - began:6.1f} s"
+                print(f"{spent}  {name:8} {clock.now:6.1f} s  {text}", file=sys.stderr, flush=True)
 
-    faults = schedule(options.faults, options.minutes * 60, options.every, options.seed)
-    supervisor = Supervisor(side, faults, options.minutes * 60, folder, prices)
-    story = supervisor.run(say)
-    found = figures(side, story, recipes, prices)
-    told = {
+            if not supervisor.done:
+                supervisor.run(seconds * number / options.rounds, say)
+    return [supervisor.tell() for supervisor in supervisors]
+
+
+def events(story: Story) -> dict[str, Any]:
+    """What happened, for the file."""
+    return {
         "faults": [fault.as_dict() for fault in story.faults],
         "controllers": [session.as_dict() for session in story.sessions],
         "acknowledged": story.acknowledged,
@@ -191,9 +205,6 @@ def endure(
         "outages": story.outages,
         "tracebacks": [session.output.name for session in story.sessions if "Traceback" in printed(session.output)],
     }
-    if options.logs is not None:
-        keep_logs(options.logs / side.name.replace(" ", "-").lower(), story, side)
-    return {**found, "story": told}
 
 
 def printed(file: Path) -> str:
@@ -262,7 +273,18 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         if not found[name]["ended in order"]:
             lines.append(f"{name} did not end when it was asked to, and was killed")
         lines += [f"{name} left behind: {words}" for words in found[name]["orphans"]]
+    if (unlike := unequal(found)) is not None:
+        lines.append(unlike)
     return "\n".join(lines)
+
+
+def unequal(found: dict[str, dict[str, Any]]) -> str | None:
+    """A sentence when the machine was not the same for both sides: other work on it counts like faults."""
+    speeds = [one["tokens a second"] for one in found.values()]
+    if min(speeds) > 0 and max(speeds) / min(speeds) <= ALIKE:
+        return None
+    words = " and ".join(f"{speed:.0f}" for speed in speeds)
+    return f"NOT COMPARABLE: trials ran at {words} tokens a second; --rounds has the sides take turns"
 
 
 def log_row(ours: dict[str, Any], theirs: dict[str, Any], options: argparse.Namespace) -> str:
@@ -270,14 +292,20 @@ def log_row(ours: dict[str, Any], theirs: dict[str, Any], options: argparse.Name
 
     def told(found: dict[str, Any]) -> str:
         return (
-            f"{found['complete at the end']} trials complete, {found['forgotten']} acknowledged results forgotten, "
-            f"{found['missing']} missing at the end, {100 * found['wasted share']:.1f} % of the FLOPs wasted, "
+            f"{found['complete at the end']} trials complete, {found['failed']} failed, "
+            f"{found['forgotten']} acknowledged results forgotten, {found['missing']} missing at the end, "
+            f"{100 * found['wasted share']:.1f} % of the FLOPs wasted, "
             f"{found['pause median']:.0f} s without training after a controller's end (longest "
             f"{found['pause longest']:.0f} s), {len(found['orphans'])} processes left behind"
         )
 
-    what = f"{options.minutes:g} minutes on Ray with a random fault every {options.every:g} s, beside Ray Tune"
+    kinds = "" if set(options.faults) == set(FAULTS) else f" ({', '.join(options.faults)})"
+    what = f"{options.minutes:g} minutes on Ray with a random fault{kinds} every {options.every:g} s, beside Ray Tune"
     counts = f"{sum(ours['faults'].values())} and {sum(theirs['faults'].values())} faults"
+    counts += f", machine load {ours['load']:.1f} and {theirs['load']:.1f}"
+    counts += f", {ours['tokens a second']:.0f} and {theirs['tokens a second']:.0f} tokens/s a trial"
+    if unequal({"ours": ours, "theirs": theirs}) is not None:
+        counts = "**Not comparable, the machine was busier on one side.** " + counts
     return f"| {date.today()} | {what} | {counts}. evolm: {told(ours)}. Ray Tune: {told(theirs)} | `chaos.py` |"
 
 
@@ -285,6 +313,9 @@ def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--every", type=float, default=20, help="seconds between faults")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="turns that the sides take, where other work comes and goes"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the genomes, the training and the faults")
     parser.add_argument("--only", choices=("evolm", "tune"), help="one side alone")
     parser.add_argument("--faults", nargs="+", choices=(*FAULTS, *OTHER_FAULTS), default=list(FAULTS))
@@ -313,11 +344,15 @@ def main() -> None:
             "checkpoint_seconds": CHECKPOINT_SECONDS,
             "workers": WORKERS,
         }
-        for key in ("evolm", "tune"):
-            if options.only in (None, key):
-                place = folder / key
-                side = Evolm(place, folder / "space.yaml", cache) if key == "evolm" else Tune(place, plan)
-                found[side.name] = endure(side, options, place, recipes, prices)
+        sides: list[Evolm | Tune] = []
+        if options.only != "tune":
+            sides.append(Evolm(folder / "evolm", folder / "space.yaml", cache))
+        if options.only != "evolm":
+            sides.append(Tune(folder / "tune", plan))
+        for side, story in zip(sides, endure(sides, options, prices), strict=True):
+            found[side.name] = {**figures(side, story, recipes, prices), "events": events(story)}
+            if options.logs is not None:
+                keep_logs(options.logs / side.folder.name, story, side)
     print(table(found))
     if len(found) > 1:
         print(log_row(*found.values(), options))

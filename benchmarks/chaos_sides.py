@@ -29,6 +29,7 @@ class Evolm:
 
     def __init__(self, folder: Path, space: Path, cache: Path) -> None:
         self.mark, self.env = environment(folder)
+        self.folder = folder
         self.run = folder / "runs" / "chaos"
         self._search = ["search", str(space), "--run", "chaos", "--cache", str(cache)]
 

@@ -76,10 +76,10 @@ class Launch:
 
 
 class Tally:
-    """Reads what is new in metrics.jsonl files. Times are seconds since `began`."""
+    """Reads what is new in metrics.jsonl files. Times are those of `clock`."""
 
-    def __init__(self, began: float, flops_per_token: Sequence[float]) -> None:
-        self._began, self._costs = began, flops_per_token
+    def __init__(self, clock: Callable[[], float], flops_per_token: Sequence[float]) -> None:
+        self._clock, self._costs = clock, flops_per_token
         self._read: dict[Path, int] = {}
         self._open: dict[Path, Launch] = {}
         self.launches: list[Launch] = []
@@ -106,7 +106,7 @@ class Tally:
             values = json.loads(line)
         except ValueError:  # torn by a kill
             return
-        now = time.monotonic() - self._began
+        now = self._clock()
         self.times.append(now)
         launch = self._open.get(file)
         fresh = launch is None or launch.scored is not None or values.get("flops", math.inf) <= launch.flops
@@ -155,7 +155,7 @@ class Session:
 
 @dataclass(kw_only=True)
 class Story:
-    """What happened to a search. Times are seconds from its beginning.
+    """What happened to a search. Times are seconds from its beginning, without those between its rounds.
 
     `acknowledged` are (when, trial, bits per byte), `forgotten` those of them that the state on the disk did not know
     when a controller had ended, `missing` those that it does not know in the end; `outages` are (when, how long, after
@@ -181,15 +181,13 @@ class Story:
 class Supervisor:
     """Runs a search for a time, starts it anew whenever it ends, and does the faults to it."""
 
-    def __init__(
-        self, side: Side, faults: list[Fault], seconds: float, folder: Path, flops_per_token: Sequence[float]
-    ) -> None:
-        self.side, self.seconds, self.folder = side, seconds, folder
+    def __init__(self, side: Side, faults: list[Fault], folder: Path, flops_per_token: Sequence[float]) -> None:
+        self.side, self.folder = side, folder
         self.env = {**os.environ, **side.env}
         self.story = Story(faults=faults)
         self.waiting = list(faults)
-        self.began = time.monotonic()
-        self.tally = Tally(self.began, flops_per_token)
+        self.began = 0.0
+        self.tally = Tally(lambda: self.now, flops_per_token)
         self.families: list[Family] = []
         self.heard = 0  # bytes of the present controller's output
         self.loads: list[float] = []
@@ -199,11 +197,12 @@ class Supervisor:
     def now(self) -> float:
         return time.monotonic() - self.began
 
-    def run(self, say: Callable[[str], None]) -> Story:
-        """From the first start to the end of its time."""
+    def run(self, until: float, say: Callable[[str], None]) -> None:
+        """One round: from a start of the search until it has been at work for so many seconds in all, and its end."""
+        self.began = time.monotonic() - self.story.seconds
         try:
             self._start()
-            while self.now < self.seconds and not self.story.hopeless and self.story.finished is None:
+            while self.now < until and not self.done:
                 self._look()
                 if self.families[-1].process.poll() is not None:
                     self._ended(say)
@@ -214,6 +213,14 @@ class Supervisor:
             self._end(say)
         finally:
             self._clear()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do, or nothing that can be done."""
+        return bool(self.story.hopeless) or self.story.finished is not None
+
+    def tell(self) -> Story:
+        """What happened in all rounds."""
         self.story.launches = self.tally.launches
         self.story.outages = outages(self.story, self.tally.times)
         self.story.load = statistics.fmean(self.loads) if self.loads else 0.0
@@ -333,10 +340,11 @@ class Supervisor:
         until = time.monotonic() + GONE_SECONDS
         while time.monotonic() < until and any(one.alive() for one in self.families):
             self._look()
-            time.sleep(0.2)
+            time.sleep(TICK)
+        self._look()
         left = {one.pid: one for family in self.families for one in family.alive()}
         left |= {one.pid: one for one in marked(self.side.mark) if lives(one)}
-        self.story.orphans = [told(one) for one in left.values()]
+        self.story.orphans += [told(one) for one in left.values()]
         acknowledged = {number: value for _, number, value in self.story.acknowledged}
         self.story.missing = unknown(acknowledged, self.side.known())
 
