@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.loop import autocast
 from trainer.loss import token_nats
 from trainer.model import EvolmForCausalLM
+from trainer.objective import autocast
 from trainer.recipe import Recipe
 
 TOKENS_PER_BATCH = 8192

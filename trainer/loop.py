@@ -9,36 +9,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from search_spaces.genome import canonical_json
 from trainer.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from trainer.cost import costs, micro_batch_tokens
-from trainer.data.cache import digest_of
 from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
-from trainer.errors import CheckpointError, DataError, Diverged
+from trainer.errors import CheckpointError, DataError
 from trainer.gates import check_causality, check_floor
-from trainer.loss import linear_cross_entropy, load_imbalance
 from trainer.model import EvolmForCausalLM, build_model
+from trainer.objective import training_loss
 from trainer.optim import build_optimizer, set_learning_rate
 from trainer.recipe import Recipe
+from trainer.recipe_digest import recipe_digest
 from trainer.schedule import Horizon, horizon_of, learning_rate
+from trainer.stability import Stability
 
 CHECK_EVERY = 10
 """On a GPU, steps between looks at the loss: each look waits for the device."""
-
-PATIENCE = 20
-"""Steps over which the mean loss must not be worse than guessing, the logarithm of the vocabulary."""
-
-MARGIN = 0.5
-"""Nats by which it may be: initial weights are a little worse than guessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +132,11 @@ class _Run:
         self.checkpoints, self.device = checkpoints, device
         self.loader: Loader = corpus.loader(seed)
         self.model = build_model(recipe, seed, device)
-        self.optimizer = build_optimizer(self.model, recipe.train)
+        self.optimizer = build_optimizer(self.model, recipe)
         self.costs = costs(recipe)
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
-        self.losses: deque[float] = deque(maxlen=PATIENCE)
+        self.stability = Stability(recipe.data.tokenizer.vocab_size)
         self.seen = math.nan, math.nan  # loss and gradient norm when they were last looked at
         self.started = self.saved = time.perf_counter()
         self.trained_seconds = 0.0
@@ -172,7 +164,7 @@ class _Run:
             horizon=self.horizon.samples if self.samples > self.horizon.trunk else None,
             seconds=self.seconds_before + self.seconds,
             flops=self.flops_before + self.flops,
-            losses=list(self.losses),
+            losses=list(self.stability.losses),
         )
 
     def load(self, folder: Path) -> None:
@@ -194,7 +186,7 @@ class _Run:
                 f"{folder}: is beyond sequence {self.horizon.trunk}, where a run of {self.horizon.samples} decays"
             )
         load_checkpoint(folder, self.model, self.optimizer)
-        self.losses.extend(state.losses)
+        self.stability.load(state.losses)
         self.samples = self.first_sample = state.samples
         self.flops_before, self.seconds_before = state.flops, state.seconds
 
@@ -237,7 +229,7 @@ class _Run:
         self.samples += count
         if self.device.type == "cpu" or first or step % CHECK_EVERY == 0 or self.samples >= self.horizon.samples:
             self.seen = loss.item(), norm.item()
-            self.refuse_divergence(*self.seen)
+            self.judge()
         tokens = count * self.horizon.sequence_length
         return Progress(
             tokens=self.samples * self.horizon.sequence_length,
@@ -267,20 +259,10 @@ class _Run:
             total += loss.detach()
         return total
 
-    def refuse_divergence(self, loss: float, norm: float) -> None:
-        """Raise Diverged when loss or gradient is not finite, or the mean loss is worse than guessing: over the last
-        steps of a long run, or at the end of a short one."""
+    def judge(self) -> None:
+        """End the run when it has gone wrong: raises Diverged."""
         step = -(-self.samples // self.horizon.batch)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
-        self.losses.append(loss)
-        guessing = math.log(self.recipe.data.tokenizer.vocab_size)
-        mean = sum(self.losses) / len(self.losses)
-        judged = len(self.losses) == PATIENCE or self.samples >= self.horizon.samples
-        if judged and mean > guessing + MARGIN:
-            raise Diverged(
-                f"step {step}: mean loss {mean:.2f} of {len(self.losses)} steps is worse than guessing, {guessing:.2f}"
-            )
+        self.stability.judge(step, *self.seen, last=self.samples >= self.horizon.samples)
 
     def record(self, finished: bool) -> Record:
         """What this call did."""
@@ -288,7 +270,7 @@ class _Run:
             model=self.model,
             finished=finished,
             tokens=self.samples * self.horizon.sequence_length,
-            train_loss=sum(self.losses) / len(self.losses) if self.losses else math.nan,
+            train_loss=self.stability.mean,
             flops=self.flops,
             seconds=self.seconds,
             total_flops=self.flops_before + self.flops,
@@ -296,39 +278,3 @@ class _Run:
             tokens_by_source=self.loader.drawn(self.samples),
             epochs_by_source=self.loader.epochs(self.samples),
         )
-
-
-def training_loss(
-    model: EvolmForCausalLM, recipe: Recipe, batch: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What training makes small, for sequences of token ids (B, T+1): the cross-entropy in nats, summed over tokens,
-    and the weighted load-balancing loss, summed over sequences, or None."""
-    balanced = recipe.model.ffn == "moe" and recipe.model.balance_loss > 0
-    with autocast(recipe, batch.device):
-        output = model.model(batch[:, :-1], use_cache=False, output_router_logits=balanced)
-        hidden = output.last_hidden_state.flatten(0, 1)
-        nats = linear_cross_entropy(hidden, model.lm_head.weight, batch[:, 1:].flatten())
-    if not balanced:
-        return nats, None
-    return nats, recipe.model.balance_loss * load_imbalance(output.router_logits, recipe.model.n_active_experts)
-
-
-def recipe_digest(recipe: Recipe) -> str:
-    """Identifies what is trained: the recipe without its length and seed, which a run is given beside it, without the
-    names of its files, whose content has a digest of its own, without what changes memory or scores alone, and without
-    what is said of experts where there are none."""
-    values = recipe.model_dump(mode="json", exclude={"data": {"sources", "held_out"}})
-    if recipe.model.ffn != "moe":
-        experts = ("n_experts", "n_active_experts", "balance_loss")
-        values["model"] = {key: value for key, value in values["model"].items() if key not in experts}
-    values["train"] = {
-        key: value for key, value in values["train"].items() if key not in ("tokens", "seed", "micro_batch_tokens")
-    }
-    return digest_of("recipe", canonical_json(values))
-
-
-def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products in the recipe's precision; weights, optimiser and loss stay fp32."""
-    if recipe.train.precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()

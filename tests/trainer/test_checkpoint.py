@@ -26,7 +26,7 @@ def state(samples=12, horizon=None):
 def trained(recipe):
     """A model and its optimiser after two steps."""
     model = build_model(recipe, 0)
-    optimizer = build_optimizer(model, recipe.train)
+    optimizer = build_optimizer(model, recipe)
     ids = torch.arange(3, 35).unsqueeze(0)
     for _ in range(2):
         optimizer.zero_grad()
@@ -38,7 +38,7 @@ def trained(recipe):
 @pytest.fixture
 def fresh(recipe):
     model = build_model(recipe, 1)
-    return model, build_optimizer(model, recipe.train)
+    return model, build_optimizer(model, recipe)
 
 
 @pytest.fixture
@@ -190,4 +190,4 @@ def test_weights_of_another_shape_are_refused(saved, recipe_of, shape):
     recipe = recipe_of(model=shape)
     model = build_model(recipe, 0)
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_checkpoint(saved, model, build_optimizer(model, recipe.train))
+        load_checkpoint(saved, model, build_optimizer(model, recipe))

@@ -22,9 +22,9 @@ from trainer.cost import (
     exact_functions,
     micro_batch_tokens,
 )
-from trainer.loop import training_loss
 from trainer.model import build_model
 from trainer.model.modeling_evolm import EvolmExperts
+from trainer.objective import training_loss
 from trainer.optim import build_optimizer
 
 SHAPES = {
@@ -206,7 +206,7 @@ def test_kv_bytes_are_those_of_the_cache_in_bf16(recipe_of, shape):
 def test_checkpoint_bytes_are_those_of_its_tensors(recipe_of, shape, tmp_path):
     recipe = recipe_of(model=shape)
     model = build_model(recipe, 0)
-    optimizer = build_optimizer(model, recipe.train)
+    optimizer = build_optimizer(model, recipe)
     training_loss(model, recipe, random_ids(recipe, rows=1))[0].backward()
     optimizer.step()
     state = RunState(samples=1, recipe="r", tokenizer="t", corpus="c", seed=0, horizon=None, seconds=0.0, flops=0.0)

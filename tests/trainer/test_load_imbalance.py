@@ -6,9 +6,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from trainer.cost import micro_batch_tokens
 from trainer.evaluate import TokenScorer
-from trainer.loop import train, training_loss
+from trainer.loop import train
 from trainer.loss import load_imbalance
 from trainer.model import build_model
+from trainer.objective import training_loss
 
 STEP = 128
 MOE = {"ffn": "moe", "n_experts": 4}

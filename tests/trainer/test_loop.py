@@ -8,7 +8,8 @@ import torch
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.errors import DataError, Diverged
-from trainer.loop import Checkpoints, recipe_digest, train
+from trainer.loop import Checkpoints, train
+from trainer.recipe_digest import recipe_digest
 
 STEP = 128
 """Tokens of one step of the tiny recipe: four sequences of 32."""

@@ -5,7 +5,6 @@ import torch
 
 from trainer.model import build_model
 from trainer.optim import build_optimizer, set_learning_rate
-from trainer.recipe import Train
 
 
 class Two(torch.nn.Module):
@@ -31,15 +30,16 @@ def adamw(weight, gradients, train, decay):
 
 
 @pytest.mark.parametrize(
-    "train",
-    [Train(learning_rate=0.1), Train(beta1=0.0, beta2=0.5, weight_decay=0.0), Train(adam_eps=0.1, weight_decay=2.0)],
+    "changes",
+    [{"learning_rate": 0.1}, {"beta1": 0.0, "beta2": 0.5, "weight_decay": 0.0}, {"adam_eps": 0.1, "weight_decay": 2.0}],
     ids=["defaults", "other betas", "other epsilon"],
 )
-def test_steps_are_those_of_the_paper(train):
-    module = Two()
+def test_steps_are_those_of_the_paper(recipe_of, changes):
+    recipe = recipe_of(train=changes)
+    module, train = Two(), recipe.train
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     gradients = {name: [torch.randn_like(start) for _ in range(5)] for name, start in before.items()}
-    optimizer = build_optimizer(module, train)
+    optimizer = build_optimizer(module, recipe)
     for step in range(5):
         for name, parameter in module.named_parameters():
             parameter.grad = gradients[name][step].clone()
@@ -50,30 +50,29 @@ def test_steps_are_those_of_the_paper(train):
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def decayed(model):
-    groups = build_optimizer(model, Train(weight_decay=0.3)).param_groups
+def decayed(model, recipe):
+    groups = build_optimizer(model, recipe).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)] for group in groups if group["weight_decay"] == 0.3 for p in group["params"]}
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_of_blocks_and_the_head_are_decayed_and_embeddings_and_norms_are_not(recipe_of, tied):
-    model = build_model(recipe_of(model={"tie_embeddings": tied}), 0)
+    recipe = recipe_of(model={"tie_embeddings": tied}, train={"weight_decay": 0.3})
+    model = build_model(recipe, 0)
     names = {name for name, _ in model.named_parameters()}
     free = {name for name in names if "norm" in name} | {"model.embed_tokens.weight"}
-    assert decayed(model) == names - free
-    assert ("lm_head.weight" in decayed(model)) is not tied
+    assert decayed(model, recipe) == names - free
+    assert ("lm_head.weight" in decayed(model, recipe)) is not tied
 
 
 def test_every_weight_is_optimised_once(recipe):
     model = build_model(recipe, 0)
-    held = [
-        id(parameter) for group in build_optimizer(model, recipe.train).param_groups for parameter in group["params"]
-    ]
+    held = [id(parameter) for group in build_optimizer(model, recipe).param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
 
 
 def test_the_learning_rate_is_set_for_all(recipe):
-    optimizer = build_optimizer(build_model(recipe, 0), recipe.train)
+    optimizer = build_optimizer(build_model(recipe, 0), recipe)
     set_learning_rate(optimizer, 0.125)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125] * 3

@@ -34,7 +34,7 @@ def test_sources_are_all_that_has_to_be_said():
     [
         {"data": {"sourcse": {}}},
         {"data": {"tokenizer": {"vocab": 512}}},
-        {"model": {"dropout": 0.1}},
+        {"model": {"drop_out": 0.1}},
         {"train": {"lr": 0.1}},
         {"modle": {}},
     ],

@@ -78,7 +78,7 @@ def test_a_field_of_the_wrong_type_or_range(sections, path, words):
 def test_a_value_of_a_few_gets_the_nearest():
     assert only(model={"ffn": "swigul"}) == (
         ("model", "ffn"),
-        'must be one of swiglu, gelu, relu2, moe, is "swigul"',
+        'must be one of swiglu, geglu, reglu, gelu, silu, relu2, moe, is "swigul"',
         "did you mean 'swiglu'?",
     )
     assert only(train={"optimizer": "muon"}) == (("train", "optimizer"), 'must be one of adamw, is "muon"', None)

@@ -277,6 +277,6 @@ def test_a_checkpoint_that_is_not_there_is_refused(recipe, corpus, tmp_path):
 def test_the_final_checkpoint_holds_the_model_that_was_returned(recipe, corpus, tmp_path):
     record = train(recipe, corpus=corpus, tokens=TOKENS, checkpoints=Checkpoints(final=tmp_path / "final"))
     model = build_model(recipe, 5)
-    load_checkpoint(tmp_path / "final", model, build_optimizer(model, recipe.train))
+    load_checkpoint(tmp_path / "final", model, build_optimizer(model, recipe))
     pairs = zip(model.parameters(), record.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

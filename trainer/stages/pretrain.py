@@ -16,11 +16,12 @@ from typing import Any
 from trainer.checkpoint import load_checkpoint, read_state
 from trainer.data.corpus import Corpus
 from trainer.errors import CheckpointError, DataError
-from trainer.loop import Checkpoints, Progress, Record, Report, recipe_digest, train
+from trainer.loop import Checkpoints, Progress, Record, Report, train
 from trainer.metrics_log import MetricsLog
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
+from trainer.recipe_digest import recipe_digest
 
 METRICS_EVERY = 0.01
 """Share of a run's tokens between lines of metrics.jsonl."""
@@ -122,7 +123,7 @@ def _usable(checkpoint: Path) -> Path | None:
 def load_final(stage: Stage, recipe: Recipe, device: str = "cpu") -> EvolmForCausalLM:
     """The trained model of a finished stage. Raises CheckpointError when its weights are not those of this recipe."""
     model = build_model(recipe, 0, device)
-    state = load_checkpoint(stage.final, model, build_optimizer(model, recipe.train))
+    state = load_checkpoint(stage.final, model, build_optimizer(model, recipe))
     if state.recipe != recipe_digest(recipe):
         raise CheckpointError(f"{stage.final}: is of another recipe")
     model.eval()
