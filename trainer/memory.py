@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.cost import costs, micro_batch_tokens
 from trainer.model import EvolmForCausalLM
@@ -46,7 +47,8 @@ def _predicted(recipe: Recipe, tokens: int) -> float:
 def recompute_blocks(model: EvolmForCausalLM) -> None:
     """Have blocks keep their input alone for the backward pass, which runs them again (Chen et al. 2016, arXiv
     1604.06174); dropout draws the same again."""
-    for layer in model.model.layers:  # a GradientCheckpointingLayer of transformers each
+    for layer in model.model.layers:
+        assert isinstance(layer, GradientCheckpointingLayer)
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 

@@ -20,7 +20,8 @@ SMALLEST_NORM = 1e-7
 
 
 def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (N, ..., A, B) with their singular values brought near to one, in bf16: five Newton-Schulz iterations."""
+    """Matrices (N, ..., A, B) with their singular values brought near to one, in bf16: five
+    Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16().flatten(end_dim=-3)
