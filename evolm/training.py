@@ -17,6 +17,7 @@ from search_spaces.quantities import format_count
 from trainer.cost import costs
 from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
+from trainer.extras import missing_extra, unusable_precision
 from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ def train_recipe(
     if length is None:
         raise UsageError(f"{path}: needs `train.tokens`, or give --tokens")
     usable_device(device)
+    for words in (missing_extra(recipe.train.optimizer), unusable_precision(recipe.train.precision, device)):
+        if words:
+            raise UsageError(f"{path}: {words}")
     if threads:
         torch.set_num_threads(threads)
     places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]
@@ -71,7 +75,9 @@ def train_recipe(
     with RunFolder(folder).locked():
         corpus = Corpus.open(recipe.data, cache or default_cache(), places)
         with on_signals(show.hear):
-            record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
+            record = pretrain(
+                recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show, roots=places
+            )
         if record is not None and not record.finished:
             return Trained(folder=folder, record=None, signal=show.received)
         stage = Stage(folder)

@@ -1,7 +1,9 @@
 """Checkpoints: safetensors and JSON, whole or absent, and refused when they are not what they claim.
 
-A checkpoint is a folder with `model.safetensors`, `optimizer.safetensors` and `checkpoint.json`, which carries the
-state of the run and the SHA-256 of the other two. It is written under a temporary name and appears by a rename.
+A checkpoint is a folder with `model.safetensors`, the weights that are judged, `optimizer.safetensors` and
+`checkpoint.json`, which carries the state of the run, what of the optimiser's is no tensor, and the SHA-256 of the
+others. Where the weights that are judged are a mean, `raw.safetensors` has those that training goes on from. It is
+written under a temporary name and appears by a rename.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trainer.averaging import Average
 from trainer.data.cache import digest_of
 from trainer.errors import CheckpointError
+from trainer.optim import Optimizer
+from trainer.optimizer_state import load_optimizer_state, optimizer_state
 
 MANIFEST = "checkpoint.json"
-TENSORS = ("model.safetensors", "optimizer.safetensors")
+MODEL, OPTIMIZER, RAW = "model.safetensors", "optimizer.safetensors", "raw.safetensors"
+TENSORS = (MODEL, OPTIMIZER)
 
 
 class RunState(BaseModel):
@@ -44,10 +51,21 @@ class RunState(BaseModel):
     seconds: float
     flops: float
     losses: list[float] = []  # of the last steps, for the loss of the record and the patience with a bad run
+    teacher: str | None = None  # digest of its weights
+    micro_batch: int | None = None  # samples of a forward pass
+    oom_backoffs: int = 0
+    spikes: dict[str, Any] | None = None  # the steps that others are compared with
+    scaler: dict[str, Any] | None = None  # the scale of the loss in fp16
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, *, keep: int = 1
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: RunState,
+    *,
+    keep: int = 1,
+    average: Average | None = None,
 ) -> None:
     """Write a checkpoint; one that is already there under this name is replaced once the new one is complete, or, when
     more than one is to be kept, moves on to `NAME-1`, that one to `NAME-2`, and so on."""
@@ -56,11 +74,16 @@ def save_checkpoint(
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        tensors = dict(zip(TENSORS, (_weights(model), _moments(model, optimizer)), strict=True))
+        moments, others = optimizer_state(optimizer)
+        weights = _weights(_tensors(model))
+        tensors = {MODEL: weights, OPTIMIZER: moments}
+        if average is not None:
+            tensors |= {MODEL: weights | _weights(average.state()), RAW: weights}
         for name, content in tensors.items():
             _save(content, temporary / name)
         manifest: dict[str, Any] = {
             "state": state.model_dump(),
+            "optimizer": others,
             "files": {name: _sha256(temporary / name) for name in tensors},
         }
         manifest["checksum"] = digest_of(manifest)
@@ -95,7 +118,7 @@ def read_state(folder: Path) -> RunState:
         if manifest.pop("checksum") != digest_of(manifest):
             raise CheckpointError(f"{folder / MANIFEST}: content differs from its checksum")
         state = RunState.model_validate(manifest["state"])
-        if set(manifest["files"]) != set(TENSORS):
+        if set(manifest["files"]) - {RAW} != set(TENSORS):
             raise CheckpointError(f"{folder / MANIFEST}: names other files than {' and '.join(TENSORS)}")
         for name, digest in manifest["files"].items():
             if _sha256(folder / name) != digest:
@@ -105,33 +128,28 @@ def read_state(folder: Path) -> RunState:
     return state
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-    """Fill model and optimiser from a verified checkpoint. Raises CheckpointError."""
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None) -> RunState:
+    """Fill model, optimiser and mean from a verified checkpoint, to go on with training. Raises CheckpointError."""
     state = read_state(folder)
-    parameters = dict(model.named_parameters())
     try:
-        weights = load_file(folder / "model.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, tensor in _tensors(model).items():
-                tensor.copy_(weights[name])
-        for name, parameter in parameters.items():
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu") for key in keys
-            }
-    except (KeyError, RuntimeError, SafetensorError) as error:
+        _fill(model, load_file(folder / (MODEL if average is None else RAW)))
+        if average is not None:
+            average.load(load_file(folder / MODEL))
+        others = json.loads((folder / MANIFEST).read_text()).get("optimizer", {})
+        load_optimizer_state(optimizer, load_file(folder / OPTIMIZER), others)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
-    _place_steps(optimizer)
     return state
 
 
-def _place_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Fused optimisers keep their step counter on the device of the parameter."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if group.get("fused"):
-                optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
+def load_weights(folder: Path, model: nn.Module) -> RunState:
+    """Fill a model with the weights of a verified checkpoint that are judged. Raises CheckpointError."""
+    state = read_state(folder)
+    try:
+        _fill(model, load_file(folder / MODEL))
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
+    return state
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -141,16 +159,14 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in _tensors(model).items()}
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(weights[name])
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value.detach().contiguous().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+def _weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
