@@ -23,6 +23,7 @@ from trainer.compiling import compiled_blocks, compiles
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
+from trainer.device import reused_memory
 from trainer.distillation import Teacher
 from trainer.errors import CheckpointError, DataError
 from trainer.extras import unusable_precision
@@ -130,10 +131,11 @@ def train(
     run = _Run(recipe, corpus, horizon, seed, checkpoints or Checkpoints(), torch.device(device), teacher)
     if start is not None:
         run.load(start)
-    check_causality(run.model)
-    finished = run.advance(report)
-    if finished:
-        run.finish()
+    with reused_memory():
+        check_causality(run.model)
+        finished = run.advance(report)
+        if finished:
+            run.finish()
     return run.record(finished)
 
 
