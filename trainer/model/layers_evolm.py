@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, N tokens of all sequences, D = hidden_size, F = i
 each token uses A.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,8 +78,10 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
     return functional.relu(x).square()
 
 
-GATED = {"swiglu": functional.silu, "geglu": functional.gelu, "reglu": functional.relu}
-PLAIN = {"gelu": functional.gelu, "silu": functional.silu, "relu2": relu2}
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+GATED: dict[str, Activation] = {"swiglu": functional.silu, "geglu": functional.gelu, "reglu": functional.relu}
+PLAIN: dict[str, Activation] = {"gelu": functional.gelu, "silu": functional.silu, "relu2": relu2}
 
 
 class EvolmMLP(nn.Module):

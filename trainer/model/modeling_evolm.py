@@ -39,7 +39,7 @@ from .layers_evolm import (
     activation_dtype,
     norm_of,
 )
-from .positions_evolm import EvolmRotary, Rotation, rotate, sinusoids, with_distances
+from .positions_evolm import EvolmRotary, Rotation, additive, rotate, sinusoids, with_distances
 
 NORMS = {
     "pre": ("input_layernorm", None, "post_attention_layernorm", None),
@@ -53,7 +53,7 @@ NORMS = {
 }
 """Norms by placement: of what attention reads and writes, and of what the feed-forward part reads and writes."""
 
-ADDS_DISTANCES = ("sdpa", "eager")
+ADDS_DISTANCES = ("sdpa", "eager", "evolm_blocked")
 """Attention kernels that take an additive mask, as alibi needs."""
 
 
@@ -178,8 +178,8 @@ class EvolmDecoderLayer(GradientCheckpointingLayer):
                     module.normed_after = True
 
     def read(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
-        """What a branch reads of the residual stream."""
-        return x if norm is None else getattr(self, norm)(x)
+        """What a branch reads of the residual stream, cast once where autocast would cast it for each matrix."""
+        return x.to(activation_dtype(x)) if norm is None else getattr(self, norm)(x)
 
     def write(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
         """What a branch adds to the residual stream."""
@@ -345,11 +345,13 @@ class EvolmModel(EvolmPreTrainedModel):
                 position_ids=position_ids,
             )
             if kind[1]:
-                masks[kind] = self.distances(masks[kind], kind[1], hidden_states, past_key_values, index)
+                masks[kind] = self.distances(masks[kind], kind, hidden_states, past_key_values, index)
+            elif isinstance(masks[kind], torch.Tensor):
+                masks[kind] = additive(masks[kind], activation_dtype(hidden_states))
         return masks
 
     def distances(
-        self, mask: Any, heads: int, hidden_states: torch.Tensor, past_key_values: Cache | None, index: int
+        self, mask: Any, kind: tuple[str, int], hidden_states: torch.Tensor, past_key_values: Cache | None, index: int
     ) -> torch.Tensor:
         """A layer's mask with alibi. Raises ValueError where the attention kernel cannot add it."""
         if self.config._attn_implementation not in ADDS_DISTANCES:
@@ -360,7 +362,10 @@ class EvolmModel(EvolmPreTrainedModel):
         if past_key_values is not None:
             past = past_key_values.get_seq_length(index)
             seen, first = past_key_values.get_mask_sizes(length, index)
-        return with_distances(mask, heads, range(past, past + length), range(first, first + seen), hidden_states)
+        window = self.config.sliding_window if kind[0] == "sliding_attention" else None
+        queries, keys = range(past, past + length), range(first, first + seen)
+        like = hidden_states.new_empty(0, dtype=activation_dtype(hidden_states))
+        return with_distances(mask, kind[1], queries, keys, window, like)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ class EvolmRotary(nn.Module):
     """Cosines and sines of the rotary embedding, once for all layers.
 
     Pair i turns by position * theta^(-2i/R) (Su et al. 2021, arXiv 2104.09864, equation 15); stretched frequencies
-    (`rope_type` linear, yarn: Peng et al. 2023, arXiv 2309.00071) are transformers' own. Frequencies and angles are fp32
-    whatever the model is cast to: bf16 cannot tell neighbouring positions apart beyond 256.
+    (`rope_type` linear, yarn: Peng et al. 2023, arXiv 2309.00071) are transformers' own. Frequencies and angles are
+    fp32 whatever the model is cast to: bf16 cannot tell neighbouring positions apart beyond 256.
     """
+
+    inv_freq: torch.Tensor
 
     def __init__(self, config: EvolmConfig) -> None:
         super().__init__()
@@ -78,7 +80,8 @@ def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
-    """How fast each of H heads forgets, fp32: 2^(-8/H), 2^(-16/H), ... (Press et al. 2022, arXiv 2108.12409, section 3).
+    """How fast each of H heads forgets, fp32: 2^(-8/H), 2^(-16/H), ... (Press et al. 2022, arXiv 2108.12409,
+    section 3).
 
     Where H is no power of two, those of the power below it come first, then every other one of the power above, as in
     the authors' code.
@@ -91,23 +94,32 @@ def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
     return torch.cat((slopes, 2.0 ** (-4 / power * between)))
 
 
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask that is true where a key is seen, the same for all sequences, as what is added to scores (1, 1, T, S):
+    kernels would make it of a true one for every sequence and layer. Others are returned as they are."""
+    if mask.dtype != torch.bool or mask.stride(0) != 0:
+        return mask
+    return torch.zeros(mask[:1].shape, dtype=dtype, device=mask.device).masked_fill_(~mask[:1], -math.inf)
+
+
 def with_distances(
-    mask: torch.Tensor | None, heads: int, queries: range, keys: range, like: torch.Tensor
+    mask: torch.Tensor | None, heads: int, queries: range, keys: range, window: int | None, like: torch.Tensor
 ) -> torch.Tensor:
     """An additive mask (B or 1, H, T, S) that says how far away each key is: -slope * distance where it is seen.
 
-    `mask` is what sdpa or eager attention would get: None (causal), or (B, 1, T, S) that is true, or zero, where a key
-    is seen. `queries` and `keys` are their places in the sequence; device and dtype are those of `like`.
+    `mask` is what sdpa or eager attention would get: None (causal, within the window), or (B, 1, T, S) that is true, or
+    zero, where a key is seen. `queries` and `keys` are their places in the sequence; device and dtype are those of
+    `like`.
     """
     places = torch.arange(queries.start, queries.stop, device=like.device)
     distance = places[:, None] - torch.arange(keys.start, keys.stop, device=like.device)
     if mask is None:
-        seen = distance >= 0
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     else:
         mask = mask[:1] if mask.stride(0) == 0 else mask  # one for all sequences
         seen = mask if mask.dtype == torch.bool else mask == 0
-    bias = -alibi_slopes(heads, like.device)[:, None, None] * distance
+    bias = -alibi_slopes(heads, like.device)[None, :, None, None] * distance
     return torch.where(seen, bias.to(like.dtype), torch.finfo(like.dtype).min)
 
 
-__all__ = ["EvolmRotary", "Rotation", "alibi_slopes", "rotate", "sinusoids", "with_distances"]
+__all__ = ["EvolmRotary", "Rotation", "additive", "alibi_slopes", "rotate", "sinusoids", "with_distances"]

@@ -106,8 +106,8 @@ class Model(Section):
     parallel_block: bool = Field(False, description="attention and feed-forward part read the same, side by side")
     bias: Literal["none", "qkv", "all"] = Field(
         "none",
-        description="which linear maps add a bias: none; queries, keys and values; or all but head, routers and experts, "
-        "LayerNorms too",
+        description="which linear maps add a bias: none, queries, keys and values, or all but head, routers and "
+        "experts, LayerNorms too",
     )
     dropout: Share = Field(0.0, description="share of the embeddings' and branches' values that training zeroes")
     attention_dropout: Share = Field(0.0, description="share of the attention weights that training zeroes")
