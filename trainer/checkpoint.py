@@ -75,9 +75,10 @@ def save_checkpoint(
     temporary.mkdir()
     try:
         moments, others = optimizer_state(optimizer)
-        tensors = {MODEL: _weights(dict(model.named_parameters())), OPTIMIZER: moments}
+        weights = _weights(_tensors(model))
+        tensors = {MODEL: weights, OPTIMIZER: moments}
         if average is not None:
-            tensors |= {MODEL: _weights(average.state()), RAW: tensors[MODEL]}
+            tensors |= {MODEL: weights | _weights(average.state()), RAW: weights}
         for name, content in tensors.items():
             _save(content, temporary / name)
         manifest: dict[str, Any] = {
@@ -151,10 +152,17 @@ def load_weights(folder: Path, model: nn.Module) -> RunState:
     return state
 
 
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, and what is not trained and yet part of the model: a router's bias. Tied ones once."""
+    kept = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(weights[name])
 
 
 def _weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
