@@ -148,6 +148,8 @@ def _settings(values: Values, problems: Problems, own: bool) -> Settings | None:
     algorithm = given["search"].get("algorithm", "auto") if isinstance(given.get("search"), dict) else "auto"
     if algorithm not in names():
         problems.unknown(("search", "algorithm"), str(algorithm), names(), "algorithm")
+    if not own and "telemetry" in given:
+        problems.add(("telemetry",), "is about evolm's own trainer: a trial.command writes its metrics.jsonl itself")
     fidelity = _fidelity(values, problems) if "fidelity" not in broken else None
     if problems.found or fidelity is None:
         return None

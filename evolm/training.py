@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from trainer.cost import costs
 from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
 from trainer.recipe import Recipe
+from trainer.sinks import check_sinks
 
 if TYPE_CHECKING:
     from trainer.loop import Progress, Record
@@ -48,8 +50,10 @@ def train_recipe(
     target: dict[str, float] | None = None,
     test: bool = False,
     export: bool = True,
+    sinks: Sequence[str] = (),
 ) -> Trained:
-    """Train the recipe in a file, score it on validation (and, with `test`, test) text, export it.
+    """Train the recipe in a file, score it on validation (and, with `test`, test) text, export it. Its numbers also go
+    to the `sinks` of these names.
 
     Goes on where the folder stopped. Raises UsageError, SpaceError, DataError, and what training raises.
     """
@@ -58,6 +62,7 @@ def train_recipe(
     from trainer.device import usable_device
     from trainer.stages.pretrain import Stage, pretrain
 
+    check_sinks(sinks)
     name, recipe = load_recipe(path)
     length = tokens or recipe.train.tokens
     if length is None:
@@ -71,7 +76,17 @@ def train_recipe(
     with RunFolder(folder).locked():
         corpus = Corpus.open(recipe.data, cache or default_cache(), places)
         with on_signals(show.hear):
-            record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
+            record = pretrain(
+                recipe,
+                corpus,
+                folder,
+                tokens=length,
+                seed=chosen,
+                device=device,
+                report=show,
+                sinks=sinks,
+                warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+            )
         if record is not None and not record.finished:
             return Trained(folder=folder, record=None, signal=show.received)
         stage = Stage(folder)

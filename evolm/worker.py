@@ -9,7 +9,7 @@ import json
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,13 @@ from fitness.loss import loss_metrics, score_domains
 from fitness.trial import Reason
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
-from trainer.metrics_log import MetricsLog
+from trainer.metrics_log import MAX_BYTES, MetricsLog
 from trainer.recipe import Data, Recipe
+from trainer.sinks import RunInfo, Sinks
 
 if TYPE_CHECKING:  # torch is imported when a trial runs: the process that only decides does without
     from trainer.loop import Progress, Record
-
-METRICS_EVERY = 0.02
-"""Share of a run's tokens between lines of metrics.jsonl."""
+    from trainer.telemetry import Telemetry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,8 @@ class Context:
     """What all trials of a run share.
 
     `documents` pins the sources: their digests when the run began. A running trial saves every `checkpoint_seconds`
-    and keeps its last `keep_last` saves; `keep_final` has trials of the top rung save their final weights.
+    and keeps its last `keep_last` saves; `keep_final` has trials of the top rung save their final weights. `log_bytes`
+    bounds each metrics.jsonl, and `sinks` says where its lines go besides.
     """
 
     cache: str
@@ -49,6 +49,8 @@ class Context:
     checkpoint_seconds: float = 300.0
     keep_last: int = 1
     keep_final: bool = False
+    log_bytes: int = MAX_BYTES
+    sinks: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -80,14 +82,19 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
     import torch
 
     from trainer.evaluate import TokenScorer
+    from trainer.telemetry import Telemetry
 
     torch.set_num_threads(context.threads)
     recipe = Recipe.model_validate(job.genome)
     preparing = _Preparing(job, tell)
     corpus = _corpus(recipe.model_dump_json(include={"data"}), context.cache, tuple(context.roots), preparing)
     _refuse_changed(corpus, context)
-    with MetricsLog(Path(job.folder) / "metrics.jsonl") as log:
-        record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, log, spent))
+    with (
+        MetricsLog(Path(job.folder) / "metrics.jsonl", context.log_bytes) as log,
+        Sinks(context.sinks, _run_info(job, recipe), _Warn(job)) as sinks,
+    ):
+        telemetry = Telemetry(recipe, context.device, log, sinks)
+        record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, telemetry, spent))
         if not record.finished:
             return job.failed("interrupted", "stopped and saved", flops=record.flops, seconds=record.seconds)
         scoring = time.perf_counter()
@@ -100,7 +107,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
             **{f"tokens/{name}": float(count) for name, count in record.tokens_by_source.items()},
             **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
         }
-        log.write({"rung": job.rung, "tokens": record.tokens, **metrics})
+        telemetry.scores({"rung": job.rung, "tokens": record.tokens, **metrics})
     seconds = record.seconds + time.perf_counter() - scoring
     return job.told(metrics, flops=record.flops, seconds=seconds, message=note)
 
@@ -145,15 +152,12 @@ def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter:
 class _Reporter:
     """Passes the progress of training on: to the executor every step, to metrics.jsonl now and then."""
 
-    def __init__(self, job: Job, tell: Tell, log: MetricsLog, spent: _Spent) -> None:
-        self.job, self.tell, self.log, self.spent = job, tell, log, spent
-        self.next_line = 0.0
+    def __init__(self, job: Job, tell: Tell, telemetry: Telemetry, spent: _Spent) -> None:
+        self.job, self.tell, self.telemetry, self.spent = job, tell, telemetry, spent
 
     def __call__(self, progress: Progress) -> bool:
         self.spent.flops = progress.flops
-        if progress.tokens >= self.next_line:
-            self.log.write(asdict(progress))
-            self.next_line = progress.tokens + METRICS_EVERY * progress.total_tokens
+        self.telemetry(progress)
         return self.tell(
             TrialProgress(
                 trial=self.job.trial,
@@ -164,6 +168,25 @@ class _Reporter:
                 flops=progress.flops,
             )
         )
+
+
+def _run_info(job: Job, recipe: Recipe) -> RunInfo:
+    """What sinks are told of a trial."""
+    folder = Path(job.folder)
+    home = folder.parent.parent  # runs/NAME/trials/ID
+    name = f"trial-{job.trial}-rung-{job.rung}"
+    return RunInfo(folder=folder, home=home, group=home.name, name=name, recipe=recipe.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class _Warn:
+    """Notes in the trial's folder what is wrong with a sink, which is no matter of the trial's."""
+
+    job: Job
+
+    def __call__(self, text: str) -> None:
+        with suppress(OSError), (Path(self.job.folder) / "sinks.log").open("a") as log:
+            log.write(text + "\n")
 
 
 @lru_cache(maxsize=64)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
 from trainer.schedule import Horizon, horizon_of, learning_rate
 from trainer.stability import Stability
+from trainer.telemetry import Meter
 
 CHECK_EVERY = 10
 """On a GPU, steps between looks at the loss: each look waits for the device."""
@@ -36,7 +38,11 @@ CHECK_EVERY = 10
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """Where a run is: tokens so far and in all, FLOPs of this call, and what the last step looked like. Losses are nats
-    per token."""
+    per token.
+
+    Where `looked` is false, loss and gradient norm are those of an earlier step: a GPU was not made to wait. `details`
+    gives more by name when it is called, and waits for the device (see `Meter.details`).
+    """
 
     tokens: int
     total_tokens: int
@@ -45,6 +51,9 @@ class Progress:
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
+    step: int = 0
+    looked: bool = True
+    details: Callable[[], Mapping[str, float]] = dict
 
 
 Report = Callable[[Progress], bool]
@@ -134,6 +143,7 @@ class _Run:
         self.model = build_model(recipe, seed, device)
         self.optimizer = build_optimizer(self.model, recipe)
         self.costs = costs(recipe)
+        self.meter = Meter(self.loader, device)
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
         self.stability = Stability(recipe.data.tokenizer.vocab_size)
@@ -222,12 +232,14 @@ class _Run:
         rate = learning_rate(self.recipe, self.horizon, self.samples)
         set_learning_rate(self.optimizer, rate)
         loss = self.backward(count)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip)
+        norm = self.meter.clip(self.optimizer.param_groups, self.recipe.train.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         first, step = self.samples == self.first_sample, self.samples // self.horizon.batch
         self.samples += count
-        if self.device.type == "cpu" or first or step % CHECK_EVERY == 0 or self.samples >= self.horizon.samples:
+        last = self.samples >= self.horizon.samples
+        looked = self.device.type == "cpu" or first or last or step % CHECK_EVERY == 0
+        if looked:
             self.seen = loss.item(), norm.item()
             self.judge()
         tokens = count * self.horizon.sequence_length
@@ -239,6 +251,9 @@ class _Run:
             learning_rate=rate,
             gradient_norm=self.seen[1],
             tokens_per_second=tokens / (time.perf_counter() - begun),
+            step=step + 1,
+            looked=looked,
+            details=partial(self.meter.details, self.samples),
         )
 
     def backward(self, count: int) -> torch.Tensor:
@@ -251,9 +266,11 @@ class _Run:
         micro = micro_batch_tokens(self.recipe) // length
         total = torch.zeros((), device=self.device)
         for start in range(0, count, micro):
-            batch = torch.from_numpy(self.loader.batch(self.samples + start, min(micro, count - start)))
-            batch = batch.to(self.device, non_blocking=True)
-            nats, balance = training_loss(self.model, self.recipe, batch)
+            first, rows = self.samples + start, min(micro, count - start)
+            batch = torch.from_numpy(self.loader.batch(first, rows)).to(self.device, non_blocking=True)
+            terms = torch.empty(rows * length, device=self.device)
+            nats, balance = training_loss(self.model, self.recipe, batch, terms)
+            self.meter.add_losses(first, rows, terms)
             loss = nats / (count * length)
             (loss if balance is None else loss + balance / count).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

@@ -16,15 +16,18 @@ CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 """Logits held at a time: what fits a core's cache, or what keeps a GPU busy."""
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, terms: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum over N positions of the cross-entropy in nats of softmax(hidden @ weight^T) with the targets.
 
     hidden (N, D), weight (V, D), targets (N) of integers; products in the autocast precision where one is set, softmax
-    and sum in fp32. Differentiable in hidden and weight.
+    and sum in fp32. Differentiable in hidden and weight. The terms of the sum are written to `terms` (N), fp32, where
+    it is given.
     """
     kind = hidden.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, precision)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, precision, terms)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -66,7 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, precision: torch.dtype
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        precision: torch.dtype,
+        terms: torch.Tensor | None,
     ) -> torch.Tensor:
         inputs, matrix = hidden.to(precision), weight.to(precision)
         rows = _rows(hidden, weight)
@@ -81,7 +89,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 picked = logits.gather(1, target)
                 top = logits.amax(dim=1, keepdim=True)
                 mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-                total += (mass.log() + top - picked).sum()
+                nats = mass.log() + top - picked
+                total += nats.sum()
+                if terms is not None:
+                    terms[start : start + rows] = nats[:, 0]
                 gradient = logits.div_(mass).scatter_add_(1, target, torch.full_like(top, -1.0)).to(precision)
                 torch.mm(gradient, matrix, out=to_hidden[start : start + rows])
                 if precision == torch.float32:
@@ -93,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         to_hidden, to_weight = ctx.saved_tensors
         scale = gradients[0]
-        return (to_hidden * scale).to(ctx.dtypes[0]), (to_weight * scale).to(ctx.dtypes[1]), None, None
+        return (to_hidden * scale).to(ctx.dtypes[0]), (to_weight * scale).to(ctx.dtypes[1]), None, None, None

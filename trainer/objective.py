@@ -12,15 +12,16 @@ from trainer.recipe import Recipe
 
 
 def training_loss(
-    model: EvolmForCausalLM, recipe: Recipe, batch: torch.Tensor
+    model: EvolmForCausalLM, recipe: Recipe, batch: torch.Tensor, terms: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What training makes small, for sequences of token ids (B, T+1): the cross-entropy in nats, summed over tokens,
-    and the weighted load-balancing loss, summed over sequences, or None."""
+    and the weighted load-balancing loss, summed over sequences, or None. The cross-entropy of each token is written to
+    `terms` (B * T), fp32, where it is given."""
     balanced = recipe.model.ffn == "moe" and recipe.model.balance_loss > 0
     with autocast(recipe, batch.device):
         output = model.model(batch[:, :-1], use_cache=False, output_router_logits=balanced)
         hidden = output.last_hidden_state.flatten(0, 1)
-        nats = linear_cross_entropy(hidden, model.lm_head.weight, batch[:, 1:].flatten())
+        nats = linear_cross_entropy(hidden, model.lm_head.weight, batch[:, 1:].flatten(), terms)
     if not balanced:
         return nats, None
     return nats, recipe.model.balance_loss * load_imbalance(output.router_logits, recipe.model.n_active_experts)

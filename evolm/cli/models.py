@@ -127,6 +127,9 @@ def train(
         list[str] | None, typer.Option(help="Folders from which relative data paths are looked up.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="Weights of the domains, as JSON.")] = None,
+    sink: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, mlflow, wandb or a plug-in: where its numbers go besides.")
+    ] = None,
 ) -> None:
     """Train one recipe to the end; run it again to go on after an interruption.
 
@@ -154,6 +157,7 @@ def train(
         target=_weights(target, read.data.sources),
         test=test,
         export=export,
+        sinks=list(dict.fromkeys(sink or [])),
     )
     if done.record is None:
         typer.echo("interrupted, everything is saved; the same command goes on", err=True)

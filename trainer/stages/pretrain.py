@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from trainer.checkpoint import load_checkpoint, read_state
 from trainer.data.corpus import Corpus
 from trainer.errors import CheckpointError, DataError
 from trainer.loop import Checkpoints, Progress, Record, Report, train
-from trainer.metrics_log import MetricsLog
+from trainer.metrics_log import MAX_BYTES, MetricsLog
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
+from trainer.sinks import RunInfo, Sinks
+from trainer.telemetry import Telemetry
 
 METRICS_EVERY = 0.01
 """Share of a run's tokens between lines of metrics.jsonl."""
@@ -79,24 +80,24 @@ def pretrain(
     device: str = "cpu",
     report: Report = lambda progress: True,
     checkpoint_seconds: float = 120.0,
+    sinks: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Record | None:
     """Train a recipe to the end, or go on where this folder stopped; None when it was finished before.
 
-    A stopped run returns a record that is not finished. Raises what `train` raises, and DataError for a folder of
-    another recipe.
+    The names of `sinks` say where its numbers go besides metrics.jsonl; `warn` hears of those that fail. A stopped run
+    returns a record that is not finished. Raises what `train` raises, and DataError for a folder of another recipe.
     """
     stage = Stage(folder)
     stage.begin(recipe, tokens, seed)
     if stage.record() is not None:
         return None
-    with MetricsLog(folder / "metrics.jsonl") as log:
-        logged = 0.0
+    about = RunInfo(folder=folder, home=folder, group="evolm", name=folder.name, recipe=recipe.model_dump(mode="json"))
+    with MetricsLog(folder / "metrics.jsonl", MAX_BYTES) as log, Sinks(sinks, about, warn) as open_sinks:
+        telemetry = Telemetry(recipe, device, log, open_sinks, every=METRICS_EVERY)
 
         def report_and_log(progress: Progress) -> bool:
-            nonlocal logged
-            if progress.tokens >= logged:
-                log.write(asdict(progress))
-                logged = progress.tokens + METRICS_EVERY * progress.total_tokens
+            telemetry(progress)
             return report(progress)
 
         return train(
