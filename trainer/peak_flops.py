@@ -31,7 +31,7 @@ PEAKS: tuple[tuple[str, Peak], ...] = (
     (r"NVIDIA H100", Peak(67, 494.7, 989.4, 989.4)),  # SXM, which names its memory alone
     (r"NVIDIA H(100|200) NVL", Peak(60, 417.5, 835.5, 835.5)),
     (r"NVIDIA H100 PCIe", Peak(51.2, 378, 756, 756)),
-    (r"NVIDIA A(100|800)(-SXM4|-PCIE|-PG509-\d+| PCIe)?", Peak(19.5, 156, 312, 312)),
+    (r"NVIDIA A(100|800)(-SXM4|-PCIE|-PG509-\d+|(?: 80GB)? PCIe)?", Peak(19.5, 156, 312, 312)),
     (r"NVIDIA A40", Peak(37.4, 74.8, 149.7, 149.7)),
     (r"NVIDIA A30", Peak(10.3, 82, 165, 165)),
     (r"NVIDIA A10", Peak(31.2, 62.5, 125, 125)),
