@@ -21,12 +21,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.data.cache import digest_of
 from trainer.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
 TENSORS = ("model.safetensors", "optimizer.safetensors")
+
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""The content of those files: whole tensors by name, on the CPU."""
 
 
 class RunState(BaseModel):
@@ -49,6 +53,11 @@ class RunState(BaseModel):
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, *, keep: int = 1
 ) -> None:
+    """Write a checkpoint of a model that one process holds."""
+    write_checkpoint(folder, tensors_of(model, optimizer), state, keep=keep)
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, state: RunState, *, keep: int = 1) -> None:
     """Write a checkpoint; one that is already there under this name is replaced once the new one is complete, or, when
     more than one is to be kept, moves on to `NAME-1`, that one to `NAME-2`, and so on."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +65,6 @@ def save_checkpoint(
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        tensors = dict(zip(TENSORS, (_weights(model), _moments(model, optimizer)), strict=True))
         for name, content in tensors.items():
             _save(content, temporary / name)
         manifest: dict[str, Any] = {
@@ -114,11 +122,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         moments = load_file(folder / "optimizer.safetensors")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(_placed(weights[name], parameter))
         for name, parameter in parameters.items():
             keys = ("exp_avg", "exp_avg_sq", "step")
             optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu") for key in keys
+                key: moments[f"{name}.{key}"] if key == "step" else _placed(moments[f"{name}.{key}"], parameter)
+                for key in keys
             }
     except (KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
@@ -134,16 +143,37 @@ def _place_steps(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
 
 
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()}
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value.detach().contiguous().cpu()
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> Tensors:
+    """Weights and moments as a checkpoint holds them. Of a model that is cut over processes, each gathers every tensor,
+    and those without `keep` hold none of them: they get empty files."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    moments = {
+        f"{name}.{key}": value.detach()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
+    gathered = [_gathered(values, keep) for values in (weights, moments)]
+    return dict(zip(TENSORS, gathered, strict=True))
+
+
+def _gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    whole = {}
+    for name, tensor in tensors.items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = value.contiguous().cpu()
+    return whole
+
+
+def _placed(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor where its parameter lies; this process's part of it where that is cut over processes. Raises
+    RuntimeError when they differ in shape."""
+    if whole.shape != parameter.shape:
+        raise RuntimeError(f"a tensor is {tuple(whole.shape)}, not {tuple(parameter.shape)}")
+    if isinstance(parameter, DTensor):
+        value = whole.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return whole.to(parameter.device)
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -33,6 +33,10 @@ class Leak(Refused):
     reason = "leak"
 
 
+class RankError(EvolmError):
+    """Processes that train together and did not all answer, or one of which has gone."""
+
+
 class ParityError(EvolmError):
     """An exported model that does not compute what the trained one does."""
 

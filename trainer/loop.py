@@ -11,19 +11,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
+from trainer.checkpoint import RunState, read_state, write_checkpoint
 from trainer.cost import costs, micro_batch_tokens
 from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
+from trainer.engines import Setup, build_engine
+from trainer.engines.shares import passes
 from trainer.errors import CheckpointError, DataError
 from trainer.gates import check_causality, check_floor
-from trainer.model import EvolmForCausalLM, build_model
-from trainer.objective import training_loss
-from trainer.optim import build_optimizer, set_learning_rate
+from trainer.model import EvolmForCausalLM
+from trainer.optim import set_learning_rate
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
 from trainer.schedule import Horizon, horizon_of, learning_rate
@@ -53,9 +55,10 @@ Report = Callable[[Progress], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a run did. `flops` and `seconds` are of this call alone; all else counts from the first token."""
+    """What a run did. `flops` and `seconds` are of this call alone; all else counts from the first token. The model is
+    whole, and the first rank's; the others have None."""
 
-    model: EvolmForCausalLM
+    model: EvolmForCausalLM | None
     finished: bool
     tokens: int
     train_loss: float
@@ -92,11 +95,14 @@ def train(
     start: Path | None = None,
     checkpoints: Checkpoints | None = None,
     device: str = "cpu",
+    setup: Setup | None = None,
 ) -> Record:
     """Train a recipe's model on `tokens` tokens of its corpus, from its initial weights or from the checkpoint `start`.
 
+    With a `setup` of several ranks all of them call this; the first one alone writes. Any of them can stop the run.
+
     Raises Diverged and Leak when going on would be wasted, CheckpointError when `start` is not of this run, DataError
-    when the corpus is not the recipe's.
+    when the corpus is not the recipe's, UsageError when the setup cannot train it.
     """
     seed = recipe.train.seed if seed is None else seed
     if corpus.tokenizer.vocab_size != recipe.data.tokenizer.vocab_size:
@@ -104,16 +110,24 @@ def train(
             f"the corpus has a vocabulary of {corpus.tokenizer.vocab_size} entries, "
             f"the recipe one of {recipe.data.tokenizer.vocab_size}"
         )
-    run = _Run(recipe, corpus, horizon_of(recipe, tokens), seed, checkpoints or Checkpoints(), torch.device(device))
+    run = _Run(
+        recipe,
+        corpus,
+        horizon_of(recipe, tokens),
+        seed,
+        checkpoints or Checkpoints(),
+        torch.device(device),
+        setup or Setup(),
+    )
     if start is not None:
         run.load(start)
-    check_causality(run.model)
+    run.check(run.engine.whole(), check_causality)
     finished = run.advance(report)
+    model = run.engine.whole()
     if finished:
-        check_causality(run.model)
-        check_floor(run.model)
+        run.check(model, check_causality, check_floor)
         run.save(run.checkpoints.final)
-    return run.record(finished)
+    return run.record(model, finished)
 
 
 class _Run:
@@ -127,12 +141,12 @@ class _Run:
         seed: int,
         checkpoints: Checkpoints,
         device: torch.device,
+        setup: Setup,
     ) -> None:
         self.recipe, self.corpus, self.horizon, self.seed = recipe, corpus, horizon, seed
-        self.checkpoints, self.device = checkpoints, device
+        self.checkpoints, self.device, self.ranks = checkpoints, device, setup.ranks
         self.loader: Loader = corpus.loader(seed)
-        self.model = build_model(recipe, seed, device)
-        self.optimizer = build_optimizer(self.model, recipe)
+        self.engine = build_engine(recipe, seed, device, setup)
         self.costs = costs(recipe)
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
@@ -185,10 +199,15 @@ class _Run:
             raise CheckpointError(
                 f"{folder}: is beyond sequence {self.horizon.trunk}, where a run of {self.horizon.samples} decays"
             )
-        load_checkpoint(folder, self.model, self.optimizer)
+        self.engine.restore(folder)
         self.stability.load(state.losses)
         self.samples = self.first_sample = state.samples
         self.flops_before, self.seconds_before = state.flops, state.seconds
+
+    def check(self, model: EvolmForCausalLM | None, *gates: Callable[[EvolmForCausalLM], None]) -> None:
+        """Put the first rank's model through gates."""
+        for gate in gates:
+            self.ranks.tell(partial(gate, model))
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -197,13 +216,15 @@ class _Run:
         if self.samples == self.horizon.trunk:
             self.save(self.checkpoints.trunk)
         while self.samples < self.horizon.samples:
-            keep_going = report(self.step())
+            stop = not report(self.step())
             if self.samples == self.horizon.trunk:
                 self.save(self.checkpoints.trunk)
-            if not keep_going and self.samples < self.horizon.samples:
+            due = self.ranks.first and time.perf_counter() - self.saved > self.checkpoints.seconds
+            stop, due = self.ranks.any(stop, due)
+            if stop and self.samples < self.horizon.samples:
                 self.save(self.checkpoints.latest)
                 return False
-            if time.perf_counter() - self.saved > self.checkpoints.seconds:
+            if due:
                 self.save(self.checkpoints.latest)
         return True
 
@@ -211,20 +232,18 @@ class _Run:
         """Write a checkpoint where one is wanted; before the first step there is nothing to keep."""
         if folder is not None and self.samples > 0:
             keep = self.checkpoints.keep if folder == self.checkpoints.latest else 1
-            save_checkpoint(folder, self.model, self.optimizer, self.state(), keep=keep)
+            tensors = self.engine.snapshot()
+            self.ranks.tell(lambda: write_checkpoint(folder, tensors or {}, self.state(), keep=keep))
             self.saved = time.perf_counter()
 
     def step(self) -> Progress:
         """One optimiser step over the next batch, the last of a run possibly smaller."""
         begun = time.perf_counter()
-        self.model.train()
         count = min(self.horizon.batch, self.horizon.samples - self.samples)
         rate = learning_rate(self.recipe, self.horizon, self.samples)
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.engine.optimizer, rate)
         loss = self.backward(count)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.engine.update(self.recipe.train.grad_clip)
         first, step = self.samples == self.first_sample, self.samples // self.horizon.batch
         self.samples += count
         if self.device.type == "cpu" or first or step % CHECK_EVERY == 0 or self.samples >= self.horizon.samples:
@@ -244,30 +263,30 @@ class _Run:
     def backward(self, count: int) -> torch.Tensor:
         """Accumulate the gradient of the mean loss over `count` samples; returns that loss, nats per token.
 
-        Every micro-batch is divided by the tokens of the whole batch, so its size changes nothing but memory. What a
-        mixture of experts adds for its balance is in the gradient, not in that loss.
+        Every pass of every rank is divided by the tokens of the whole batch, so that their number changes nothing but
+        memory. What a mixture of experts adds for its balance is in the gradient, not in that loss.
         """
         length = self.horizon.sequence_length
-        micro = micro_batch_tokens(self.recipe) // length
+        shares = passes(count, micro_batch_tokens(self.recipe) // length, self.ranks.rank, self.ranks.world)
         total = torch.zeros((), device=self.device)
-        for start in range(0, count, micro):
-            batch = torch.from_numpy(self.loader.batch(self.samples + start, min(micro, count - start)))
+        for share in shares:
+            batch = torch.from_numpy(self.loader.batch(self.samples + share.offset, share.count))
             batch = batch.to(self.device, non_blocking=True)
-            nats, balance = training_loss(self.model, self.recipe, batch)
-            loss = nats / (count * length)
-            (loss if balance is None else loss + balance / count).backward()  # type: ignore[no-untyped-call]
+            nats, balance = self.engine.forward(batch, last=share is shares[-1])
+            loss = share.weight * nats / (count * length)
+            self.engine.backward(loss if balance is None else loss + share.weight * balance / count)
             total += loss.detach()
-        return total
+        return self.ranks.sum(total)
 
     def judge(self) -> None:
         """End the run when it has gone wrong: raises Diverged."""
         step = -(-self.samples // self.horizon.batch)
         self.stability.judge(step, *self.seen, last=self.samples >= self.horizon.samples)
 
-    def record(self, finished: bool) -> Record:
+    def record(self, model: EvolmForCausalLM | None, finished: bool) -> Record:
         """What this call did."""
         return Record(
-            model=self.model,
+            model=model,
             finished=finished,
             tokens=self.samples * self.horizon.sequence_length,
             train_loss=self.stability.mean,

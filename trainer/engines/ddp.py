@@ -1,0 +1,49 @@
+"""The model whole on every rank, each with its share of every batch: torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.engines.base import Losses, Objective, Setup
+from trainer.engines.single import Single
+from trainer.recipe import Recipe
+
+
+class DDP(Single):
+    """Gradients are summed while the backward pass still runs."""
+
+    def __init__(self, recipe: Recipe, seed: int, device: torch.device, setup: Setup) -> None:
+        super().__init__(recipe, seed, device, setup)
+        places = [device] if device.type == "cuda" else None
+        self.wrapped = DistributedDataParallel(
+            Objective(self.model, recipe), device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        self.wrapped.register_comm_hook(None, _summed)
+        self._rehearse(recipe, device)
+
+    def _rehearse(self, recipe: Recipe, device: torch.device) -> None:
+        """One pass that counts nothing. DDP orders its messages anew after the first pass it sees, and with them the
+        sums of three ranks and more: so that a continued run adds as an uninterrupted one does."""
+        batch = torch.zeros((1, recipe.data.sequence_length + 1), dtype=torch.int64, device=device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            nats, balance = self.forward(batch, last=True)
+            self.backward(0.0 * (nats if balance is None else nats + balance))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward(self, batch: torch.Tensor, *, last: bool) -> Losses:
+        """See Engine."""
+        self.wrapped.train()
+        self.wrapped.require_backward_grad_sync = last
+        losses: Losses = self.wrapped(batch)
+        return losses
+
+
+def _summed(state: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """The gradients of a bucket summed over ranks, where DDP's own would be their mean."""
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    summed: torch.futures.Future[torch.Tensor] = future.then(lambda done: done.value()[0])
+    return summed
