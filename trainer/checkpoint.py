@@ -117,9 +117,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """Fill model and optimiser from a verified checkpoint. Raises CheckpointError."""
     state = read_state(folder)
     parameters = dict(model.named_parameters())
+    weights, moments = read_tensors(folder)
     try:
-        weights = load_file(folder / "model.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(_placed(weights[name], parameter))
@@ -129,10 +128,19 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
                 key: moments[f"{name}.{key}"] if key == "step" else _placed(moments[f"{name}.{key}"], parameter)
                 for key in keys
             }
-    except (KeyError, RuntimeError, SafetensorError) as error:
+    except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
     _place_steps(optimizer)
     return state
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights, and moments by the names of both, on the CPU. Raises CheckpointError."""
+    try:
+        weights, moments = (load_file(folder / name) for name in TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from None
+    return weights, moments
 
 
 def _place_steps(optimizer: torch.optim.Optimizer) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.engines.base import Losses, Objective, Setup
@@ -20,9 +17,8 @@ class DDP(Single):
         super().__init__(recipe, seed, device, setup)
         places = [device] if device.type == "cuda" else None
         self.wrapped = DistributedDataParallel(
-            Objective(self.model, recipe), device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True
+            Objective(self.model, recipe), device_ids=places, gradient_as_bucket_view=True
         )
-        self.wrapped.register_comm_hook(None, _summed)
         self._rehearse(recipe, device)
 
     def _rehearse(self, recipe: Recipe, device: torch.device) -> None:
@@ -41,9 +37,6 @@ class DDP(Single):
         losses: Losses = self.wrapped(batch)
         return losses
 
-
-def _summed(state: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """The gradients of a bucket summed over ranks, where DDP's own would be their mean."""
-    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    summed: torch.futures.Future[torch.Tensor] = future.then(lambda done: done.value()[0])
-    return summed
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Engine. DDP takes the mean of the ranks' gradients."""
+        super().backward(loss * self.ranks.world)
