@@ -71,7 +71,9 @@ def train_recipe(
     with RunFolder(folder).locked():
         corpus = Corpus.open(recipe.data, cache or default_cache(), places)
         with on_signals(show.hear):
-            record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
+            record = pretrain(
+                recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show, roots=places
+            )
         if record is not None and not record.finished:
             return Trained(folder=folder, record=None, signal=show.received)
         stage = Stage(folder)

@@ -16,11 +16,15 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import TENSORS, RunState, Tensors, read_state, read_tensors
-from trainer.engines.base import Losses, Objective, Setup
-from trainer.engines.fsdp import OPTIMIZERS, refuse, whole_model
+from search_spaces.errors import UsageError
+from trainer.averaging import Average
+from trainer.checkpoint import MODEL, OPTIMIZER, Content, read_content
+from trainer.distillation import Teacher
+from trainer.engines.base import Objective, Setup, refuse_uncuttable
+from trainer.engines.fsdp import whole_model
 from trainer.errors import CheckpointError
 from trainer.model import EvolmForCausalLM, build_model
+from trainer.objective import Losses
 from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
 
@@ -28,12 +32,16 @@ from trainer.recipe import Recipe
 class DeepSpeed:
     """ZeRO with our optimiser, our loss and our checkpoints; DeepSpeed's own are pickles and are never written."""
 
-    def __init__(self, recipe: Recipe, seed: int, device: torch.device, setup: Setup) -> None:
-        refuse(recipe, "deepspeed", OPTIMIZERS)
+    compiles = False
+
+    def __init__(
+        self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
+    ) -> None:
+        _refuse(recipe)
         deepspeed = _deepspeed(device)
         self.recipe, self.ranks, self.device, self.stage = recipe, setup.ranks, device, setup.zero_stage
         self.model = build_model(recipe, seed, device)
-        objective = Objective(self.model, recipe)
+        objective = Objective(self.model, recipe, teacher)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(self.model, recipe),
@@ -43,23 +51,27 @@ class DeepSpeed:
         if self.stage == 3:  # the loss reads it outside the module that owns it
             deepspeed.zero.register_external_parameter(objective, self.model.lm_head.weight)
 
-    def forward(self, batch: torch.Tensor, *, last: bool) -> Losses:
+    def forward(self, batch: torch.Tensor, *, last: bool, length: int | None = None) -> Losses:
         """See Engine."""
         self.engine.train()
         self.engine.set_gradient_accumulation_boundary(last)
-        losses: Losses = self.engine(batch)
+        losses: Losses = self.engine(batch, length)
         return losses
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine. DeepSpeed takes the mean of the ranks' gradients."""
         self.engine.backward(loss * self.ranks.world)
 
-    def update(self, limit: float) -> torch.Tensor:
-        """See Engine."""
+    def clip(self, limit: float) -> torch.Tensor:
+        """See Engine. DeepSpeed cuts the gradient as it steps, to a limit that was set at the start, and knows its norm
+        thereafter: this is the step."""
         if limit != self.engine.gradient_clipping():
             raise ValueError(f"the limit was set to {self.engine.gradient_clipping()} at the start, it is now {limit}")
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm())
+
+    def update(self) -> None:
+        """See Engine. `clip` has done it."""
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -77,7 +89,7 @@ class DeepSpeed:
         for name, parameter in self.model.named_parameters():
             yield name, safe_get_full_fp32_param(parameter)
 
-    def snapshot(self) -> Tensors | None:
+    def content(self, average: Average | None) -> Content:
         """See Engine. Tensor by tensor, so that no rank but the first ever holds more than one of them whole."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -93,35 +105,31 @@ class DeepSpeed:
                     value = safe_get_full_optimizer_state(parameter, key)
                 if keep:
                     moments[f"{name}.{key}"] = value.detach().clone().cpu()
-        return dict(zip(TENSORS, (weights, moments), strict=True)) if keep else None
+        return Content(tensors={MODEL: weights, OPTIMIZER: moments}, optimizer={})
 
-    def restore(self, folder: Path) -> RunState:
+    def restore(self, folder: Path, average: Average | None) -> None:
         """See Engine."""
-        state = read_state(folder)
-        weights, moments = read_tensors(folder)
-        names = [name for name, _ in self.model.named_parameters()]
+        found = read_content(folder)
+        weights, moments = found.tensors[MODEL], found.tensors[OPTIMIZER]
         try:
-            keys = {key: moments[f"{names[0]}.{key}"] for key in _keys(moments, names[0])}
-            self._make_room(keys, weights[names[0]])
+            first = next(name for name, _ in self.model.named_parameters())
+            keys = {key: moments[f"{first}.{key}"] for key in _keys(moments, first)}
+            moving = [key for key, value in keys.items() if value.shape == weights[first].shape]
+            self._make_room(keys, moving)
             for name, parameter in self.model.named_parameters():
                 _refuse_shape(name, weights[name], parameter)
                 self._set(parameter, weights[name], None)
-                for key, value in keys.items():
-                    if value.shape == weights[names[0]].shape:
-                        self._set(parameter, moments[f"{name}.{key}"], key)
-        except KeyError as error:
+                for key in moving:
+                    self._set(parameter, moments[f"{name}.{key}"], key)
+        except (KeyError, ValueError) as error:
             raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
-        return state
 
-    def _make_room(self, keys: dict[str, torch.Tensor], like: torch.Tensor) -> None:
+    def _make_room(self, keys: dict[str, torch.Tensor], moving: list[str]) -> None:
         """The optimiser's state as it is after a first step: tensors as large as this rank's partitions, and the
         scalars of the checkpoint."""
         for flat in self._flat():
             self.optimizer.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if value.shape == like.shape else value.clone()
-                for key, value in keys.items()
+                key: torch.zeros_like(flat) if key in moving else value.clone() for key, value in keys.items()
             }
         self._link()
 
@@ -173,6 +181,14 @@ def _refuse_shape(name: str, value: torch.Tensor, parameter: Any) -> None:
     shape = getattr(parameter, "ds_shape", parameter.shape)
     if value.shape != shape:
         raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
+
+
+def _refuse(recipe: Recipe) -> None:
+    """Raises UsageError for what DeepSpeed cannot train."""
+    refuse_uncuttable(recipe, "deepspeed")
+    for field in ("ema", "skip_spikes"):
+        if getattr(recipe.train, field):
+            raise UsageError(f"--engine deepspeed has no train.{field}; leave it 0, or take --engine fsdp or ddp")
 
 
 def _deepspeed(device: torch.device) -> Any:

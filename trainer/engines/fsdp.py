@@ -7,38 +7,39 @@ leaves them too; their gradients are summed in one message a step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from search_spaces.errors import UsageError
-from trainer.checkpoint import RunState, Tensors, load_checkpoint, tensors_of
-from trainer.engines.base import Losses, Objective, Setup
+from trainer.distillation import Teacher
+from trainer.engines.base import Objective, Setup, refuse_uncuttable
+from trainer.engines.single import Single
 from trainer.model import EvolmForCausalLM, build_model
+from trainer.objective import Losses
 from trainer.optim import build_optimizer
 from trainer.parameter_groups import kind_of
 from trainer.recipe import Recipe
-
-OPTIMIZERS = ("adamw",)
-"""Those that treat every weight by itself, and so do not mind where a matrix is cut."""
+from trainer.sharding import gathered
 
 
-class FSDP:
+class FSDP(Single):
     """Each rank holds its rows of every matrix."""
 
-    def __init__(self, recipe: Recipe, seed: int, device: torch.device, setup: Setup) -> None:
-        refuse(recipe, "fsdp", OPTIMIZERS)
-        self.recipe, self.ranks, self.device, self.seed = recipe, setup.ranks, device, seed
+    compiles = False
+
+    def __init__(
+        self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
+    ) -> None:
+        refuse_uncuttable(recipe, "fsdp")
+        self.recipe, self.ranks, self.device, self.teacher = recipe, setup.ranks, device, teacher
         self.model = build_model(recipe, seed)
-        self.objective = self._sharded()
+        self.objective = self._cut()
         self.optimizer = build_optimizer(self.model, recipe)
 
-    def _sharded(self) -> FSDPModule:
+    def _cut(self) -> Objective:
         """The blocks one by one, in the recipe's precision; then what is left, embeddings and head, in fp32: what a
         block adds to is never rounded."""
         whole = {p for name, p in self.model.named_parameters() if kind_of(name, p) in ("vector", "router")}
@@ -48,7 +49,7 @@ class FSDP:
         narrow = torch.bfloat16 if self.recipe.train.precision == "bf16" else None
         blocks = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
         rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        objective = Objective(self.model, self.recipe)
+        objective = Objective(self.model, self.recipe, self.teacher)
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=blocks, ignored_params=whole)
         fully_shard(objective, mesh=mesh, mp_policy=rest, ignored_params=whole)
@@ -56,21 +57,17 @@ class FSDP:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        assert isinstance(objective, FSDPModule)
         return objective
 
-    def forward(self, batch: torch.Tensor, *, last: bool) -> Losses:
+    def forward(self, batch: torch.Tensor, *, last: bool, length: int | None = None) -> Losses:
         """See Engine. Every pass sums its gradients over the ranks: to keep them for the last would hold them whole."""
-        self.model.train()
+        self.objective.train()
+        assert isinstance(self.objective, FSDPModule)
         self.objective.set_is_last_backward(last)
-        losses: Losses = self.objective(batch)  # type: ignore[operator]
+        losses: Losses = self.objective(batch, length)
         return losses
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """See Engine."""
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def update(self, limit: float) -> torch.Tensor:
+    def clip(self, limit: float) -> torch.Tensor:
         """See Engine."""
         cut, whole = [], []
         for parameter in self.model.parameters():
@@ -83,8 +80,6 @@ class FSDP:
         squares = self.ranks.sum(_squares(cut, self.device)) + _squares(whole, self.device)
         norm = squares.sqrt()
         torch._foreach_mul_(cut + whole, (limit / (norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _sum(self, gradients: list[torch.Tensor]) -> None:
@@ -95,18 +90,10 @@ class FSDP:
             for gradient, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def snapshot(self) -> Tensors | None:
-        """See Engine. Tensor by tensor, so that no rank but the first ever holds more than one of them whole."""
-        tensors = tensors_of(self.model, self.optimizer, keep=self.ranks.first)
-        return tensors if self.ranks.first else None
-
-    def restore(self, folder: Path) -> RunState:
-        """See Engine."""
-        return load_checkpoint(folder, self.model, self.optimizer)
-
     def whole(self) -> EvolmForCausalLM | None:
         """See Engine."""
-        return whole_model(self.recipe, self.device, gathered(self.model), keep=self.ranks.first)
+        weights = ((name, gathered(parameter)) for name, parameter in self.model.named_parameters())
+        return whole_model(self.recipe, self.device, weights, keep=self.ranks.first)
 
 
 def _squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -114,13 +101,6 @@ def _squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tenso
     if not gradients:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(gradients)).square().sum()
-
-
-def gathered(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    """Each parameter's name and whole value, one after the other. All ranks go through them together."""
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def whole_model(
@@ -134,16 +114,3 @@ def whole_model(
             if keep:
                 mine[name].copy_(value)
     return model
-
-
-def refuse(recipe: Recipe, engine: str, optimizers: tuple[str, ...]) -> None:
-    """Raises UsageError for what an engine cannot train."""
-    train = recipe.train
-    if train.optimizer not in optimizers:
-        raise UsageError(
-            f"--engine {engine} cuts matrices over the ranks and trains with {' or '.join(optimizers)}, not "
-            f"{train.optimizer}, which needs them whole or is not shown to be the same; --engine ddp takes every "
-            "optimiser"
-        )
-    if train.precision == "fp16":
-        raise UsageError(f"--engine {engine} trains in fp32 or bf16; fp16 needs --engine single or ddp")

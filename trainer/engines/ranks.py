@@ -90,6 +90,14 @@ class Ranks:
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return tuple(bool(one) for one in raised.tolist())
 
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        if self.world == 1:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MIN)
+        return int(numbers.item())
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over ranks, in place."""
         if self.world > 1:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import RunState, Tensors, load_checkpoint, tensors_of
-from trainer.engines.base import Losses, Setup
+from trainer.averaging import Average
+from trainer.checkpoint import Content, content_of, load_checkpoint
+from trainer.distillation import Teacher
+from trainer.engines.base import Setup
 from trainer.model import EvolmForCausalLM, build_model
-from trainer.objective import training_loss
+from trainer.objective import Losses, training_loss
 from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
 
@@ -17,34 +19,39 @@ from trainer.recipe import Recipe
 class Single:
     """The model whole, as torch has it."""
 
-    def __init__(self, recipe: Recipe, seed: int, device: torch.device, setup: Setup) -> None:
-        self.recipe, self.ranks = recipe, setup.ranks
+    compiles = True
+
+    def __init__(
+        self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
+    ) -> None:
+        self.recipe, self.ranks, self.teacher = recipe, setup.ranks, teacher
         self.model = build_model(recipe, seed, device)
         self.optimizer = build_optimizer(self.model, recipe)
 
-    def forward(self, batch: torch.Tensor, *, last: bool) -> Losses:
+    def forward(self, batch: torch.Tensor, *, last: bool, length: int | None = None) -> Losses:
         """See Engine."""
         self.model.train()
-        return training_loss(self.model, self.recipe, batch)
+        return training_loss(self.model, self.recipe, batch, length=length, teacher=self.teacher)
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def update(self, limit: float) -> torch.Tensor:
+    def clip(self, limit: float) -> torch.Tensor:
         """See Engine."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def update(self) -> None:
+        """See Engine."""
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
-    def snapshot(self) -> Tensors | None:
+    def content(self, average: Average | None) -> Content:
         """See Engine."""
-        return tensors_of(self.model, self.optimizer) if self.ranks.first else None
+        return content_of(self.model, self.optimizer, average, keep=self.ranks.first)
 
-    def restore(self, folder: Path) -> RunState:
+    def restore(self, folder: Path, average: Average | None) -> None:
         """See Engine."""
-        return load_checkpoint(folder, self.model, self.optimizer)
+        load_checkpoint(folder, self.model, self.optimizer, average)
 
     def whole(self) -> EvolmForCausalLM | None:
         """See Engine."""

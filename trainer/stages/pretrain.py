@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import load_checkpoint, read_state
+from trainer.checkpoint import load_weights, read_state
 from trainer.data.corpus import Corpus
 from trainer.errors import CheckpointError, DataError
 from trainer.loop import Checkpoints, Progress, Record, Report, train
 from trainer.metrics_log import MetricsLog
 from trainer.model import EvolmForCausalLM, build_model
-from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
 
@@ -79,6 +78,7 @@ def pretrain(
     device: str = "cpu",
     report: Report = lambda progress: True,
     checkpoint_seconds: float = 120.0,
+    roots: Sequence[Path] = (),
 ) -> Record | None:
     """Train a recipe to the end, or go on where this folder stopped; None when it was finished before.
 
@@ -108,6 +108,7 @@ def pretrain(
             start=_usable(stage.final) or _usable(stage.latest),
             checkpoints=Checkpoints(latest=stage.latest, final=stage.final, seconds=checkpoint_seconds),
             device=device,
+            roots=roots,
         )
 
 
@@ -123,7 +124,7 @@ def _usable(checkpoint: Path) -> Path | None:
 def load_final(stage: Stage, recipe: Recipe, device: str = "cpu") -> EvolmForCausalLM:
     """The trained model of a finished stage. Raises CheckpointError when its weights are not those of this recipe."""
     model = build_model(recipe, 0, device)
-    state = load_checkpoint(stage.final, model, build_optimizer(model, recipe))
+    state = load_weights(stage.final, model)
     if state.recipe != recipe_digest(recipe):
         raise CheckpointError(f"{stage.final}: is of another recipe")
     model.eval()
