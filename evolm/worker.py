@@ -90,6 +90,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
         if not record.finished:
             return job.failed("interrupted", "stopped and saved", flops=record.flops, seconds=record.seconds)
         scoring = time.perf_counter()
+        assert record.model is not None
         losses = score_domains(TokenScorer(record.model, recipe), corpus.held_out("validation"))
         metrics = loss_metrics(losses, context.target)
         metrics |= {

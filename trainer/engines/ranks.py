@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from search_spaces.errors import UsageError
-from trainer.errors import RankError
+from trainer.device import usable_device
+from trainer.errors import RankError, RankLost
 
 PREFLIGHT_SECONDS = 60.0
 """How long ranks wait for each other before the first step."""
@@ -106,7 +107,7 @@ class Ranks:
 
     def tell(self, make: Callable[[], Any]) -> Any:
         """What `make` gives on the first rank, as JSON, on all of them. However long that takes, the others wait; what
-        it raises there, the others learn as RankError."""
+        it raises there, the others learn as RankLost."""
         if self._store is None:
             return make()
         self._asked += 1
@@ -123,9 +124,9 @@ class Ranks:
             self._store.wait([key], FAR_TOO_LONG)
             said = json.loads(self._store.get(key))
         except RuntimeError as error:
-            raise RankError(f"rank 0 has gone ({_line(error)})") from None
+            raise RankLost(f"rank 0 has gone ({_line(error)})") from None
         if "error" in said:
-            raise RankError(f"rank 0 said: {said['error']}")
+            raise RankLost(f"rank 0 said: {said['error']}")
         return said["value"]
 
 
@@ -139,21 +140,22 @@ def open_ranks(
     """Meet the other ranks of this process's environment: the ranks, and the device of this one (`cuda` becomes
     `cuda:LOCAL_RANK`). A process without such an environment is alone.
 
-    Raises RankError when not all answer within `seconds`, naming who did not, and when another rank goes while this is
-    open.
+    Raises RankError when not all answer within `seconds`, naming who did not, and RankLost when another rank goes while
+    this is open.
     """
     place = place or Place.of(os.environ)
     if place is None:
         yield ALONE, device
         return
     mine = f"cuda:{place.local_rank}" if device == "cuda" else device
+    usable_device(mine)
     store = _meet(place, seconds)
     try:
         _join(place, store, mine, seconds)
         yield Ranks(place.rank, place.world, store), mine
     except RuntimeError as error:
         if place.world > 1 and lost_peer(error):
-            raise RankError(f"rank {place.rank}: another rank has gone ({_line(error)})") from None
+            raise RankLost(f"rank {place.rank}: another rank has gone ({_line(error)})") from None
         raise
     finally:
         if dist.is_initialized():

@@ -7,6 +7,7 @@ checkpoint) and `record.json`, which is written last: where it stands, the stage
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from typing import Any
 
 from trainer.checkpoint import load_weights, read_state
 from trainer.data.corpus import Corpus
+from trainer.engines import Setup
 from trainer.errors import CheckpointError, DataError
 from trainer.loop import Checkpoints, Progress, Record, Report, train
 from trainer.metrics_log import MetricsLog
@@ -79,17 +81,24 @@ def pretrain(
     report: Report = lambda progress: True,
     checkpoint_seconds: float = 120.0,
     roots: Sequence[Path] = (),
+    setup: Setup | None = None,
 ) -> Record | None:
     """Train a recipe to the end, or go on where this folder stopped; None when it was finished before.
 
     A stopped run returns a record that is not finished. Raises what `train` raises, and DataError for a folder of
-    another recipe.
+    another recipe. Of the ranks of a `setup`, which all call this, the first one writes.
     """
-    stage = Stage(folder)
-    stage.begin(recipe, tokens, seed)
-    if stage.record() is not None:
+    stage, setup = Stage(folder), setup or Setup()
+
+    def begin() -> tuple[bool, str | None]:
+        stage.begin(recipe, tokens, seed)
+        start = _usable(stage.final) or _usable(stage.latest)
+        return stage.record() is not None, None if start is None else str(start)
+
+    done, start = setup.ranks.tell(begin)
+    if done:
         return None
-    with MetricsLog(folder / "metrics.jsonl") as log:
+    with MetricsLog(folder / "metrics.jsonl" if setup.ranks.first else Path(os.devnull)) as log:
         logged = 0.0
 
         def report_and_log(progress: Progress) -> bool:
@@ -105,10 +114,11 @@ def pretrain(
             corpus=corpus,
             tokens=tokens,
             seed=seed,
-            start=_usable(stage.final) or _usable(stage.latest),
+            start=None if start is None else Path(start),
             checkpoints=Checkpoints(latest=stage.latest, final=stage.final, seconds=checkpoint_seconds),
             device=device,
             roots=roots,
+            setup=setup,
         )
 
 
