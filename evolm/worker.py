@@ -20,7 +20,6 @@ from evolm.executors.fence import Held, fenced, storage_words
 from evolm.run_folder import final_checkpoint, latest_checkpoint, rung_checkpoint, saves
 from fitness.loss import loss_metrics, score_domains
 from fitness.trial import Reason
-from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.metrics_log import MAX_BYTES, MetricsLog
 from trainer.recipe import Data, Recipe
@@ -98,11 +97,12 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> O
         if not record.finished:
             return job.failed("interrupted", "stopped and saved", flops=record.flops, seconds=record.seconds)
         scoring = time.perf_counter()
+        assert record.model is not None
         losses = score_domains(TokenScorer(record.model, recipe), corpus.held_out("validation"))
         metrics = loss_metrics(losses, context.target)
         metrics |= {
             "train_loss": record.train_loss,
-            "tokens_per_second": record.flops / costs(recipe).flops_per_token / max(record.seconds, 1e-9),
+            "tokens_per_second": record.trained_tokens / max(record.seconds, 1e-9),
             "seconds": record.total_seconds,
             **{f"tokens/{name}": float(count) for name, count in record.tokens_by_source.items()},
             **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
@@ -140,6 +140,7 @@ def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter:
                 start=start,
                 checkpoints=checkpoints,
                 device=context.device,
+                roots=[Path(root) for root in context.roots],
             )
             return record, "; ".join(notes)
         except CheckpointError as error:

@@ -28,63 +28,54 @@ METRICS_EVERY = 0.02
 
 
 class Meter:
-    """Training loss by source, gradient norms by kind of parameter, and what was drawn: gathered as a run trains."""
+    """Training loss by source and what was drawn of each: gathered on the device as a run trains."""
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self.loader = loader
         kind = torch.float32 if device.type == "mps" else torch.float64
         self._nats = torch.zeros(len(loader.names), dtype=kind, device=device)
         self._tokens = np.zeros(len(loader.names), np.int64)
-        self._norms: dict[str, torch.Tensor] = {}
 
-    def add_losses(self, first: int, count: int, nats: torch.Tensor) -> None:
-        """Take the loss of every token, nats, any shape, of samples `first` to `first + count`, sample by sample."""
+    def add(self, first: int, count: int, nats: torch.Tensor) -> None:
+        """Take the losses of the tokens of samples `first` to before `first + count`, nats, sample by sample."""
         sources = self.loader.sources(first, count)
         by_sample = nats.detach().view(count, -1).sum(dim=1, dtype=self._nats.dtype)
         self._nats.index_add_(0, torch.from_numpy(sources).to(nats.device, non_blocking=True), by_sample)
         self._tokens += np.bincount(sources, minlength=len(self._tokens)) * (nats.numel() // count)
 
-    def clip(self, groups: Iterable[Mapping[str, Any]], largest: float) -> torch.Tensor:
-        """Scale all gradients so that their joint norm is at most `largest`; returns the norm that they had."""
-        norms = gradient_norms(groups)
-        self._norms = norms
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        parameters = [one for group in groups for one in group["params"]]
-        nn.utils.clip_grads_with_norm_(parameters, largest, total)
-        return total
-
-    def details(self, samples: int) -> dict[str, float]:
-        """By name: `gradient_norm/KIND` of the last step; of each source `loss/NAME`, the mean over what was drawn of
-        it since this was last asked, and over the first `samples` samples `tokens/NAME`, `share/NAME` (of all tokens),
-        `mix/NAME` (the share that was asked for) and `epochs/NAME`. Waits for the device."""
-        names, norms = self.loader.names, self._norms
+    def details(self, samples: int, norms: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """By name: `gradient_norm/KIND` for each kind of parameter whose norm is given; of each source `loss/NAME`, the
+        mean over what this rank drew of it since this was last asked, and, over the first `samples` samples,
+        `tokens/NAME`, `share/NAME` (of all tokens), `mix/NAME` (the share that was asked for) and `epochs/NAME`. Waits
+        for the device."""
         read = torch.stack(list(norms.values())).tolist() if norms else []
         found = {f"gradient_norm/{kind}": norm for kind, norm in zip(norms, read, strict=True)}
-        for name, nats, tokens in zip(names, self._nats.tolist(), self._tokens, strict=True):
+        for name, nats, tokens in zip(self.loader.names, self._nats.tolist(), self._tokens, strict=True):
             if tokens:
                 found[f"loss/{name}"] = nats / int(tokens)
         self._nats.zero_()
         self._tokens[:] = 0
-        drawn = self.loader.drawn(samples)
+        return found | self._drawn(samples)
+
+    def _drawn(self, samples: int) -> dict[str, float]:
+        drawn, epochs, asked = self.loader.drawn(samples), self.loader.epochs(samples), self.loader.shares
         total = max(1, sum(drawn.values()))
-        epochs, shares = self.loader.epochs(samples), self.loader.shares
-        for name in names:
+        found: dict[str, float] = {}
+        for name in self.loader.names:
             found[f"tokens/{name}"] = drawn[name]
             found[f"share/{name}"] = drawn[name] / total
-            found[f"mix/{name}"] = shares[name]
+            found[f"mix/{name}"] = asked[name]
             found[f"epochs/{name}"] = epochs[name]
         return found
 
 
 def gradient_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """The norm of the gradients of each kind of parameter: groups as optimisers keep them, of one kind or several of
-    the same. Sharded gradients give the norm over all ranks."""
+    """The norm of the gradients of each kind of parameter, in groups as optimisers keep them, of which several may be
+    of one kind. The norm over all is the norm of these. Waits for no device."""
     members: dict[str, list[torch.Tensor]] = {}
     for group in groups:
-        gradients = [one.grad for one in group["params"] if one.grad is not None]
-        members.setdefault(group["kind"], []).extend(gradients)
-    norms = {kind: nn.utils.get_total_norm(gradients) for kind, gradients in members.items() if gradients}
-    return {kind: norm.full_tensor() if hasattr(norm, "full_tensor") else norm for kind, norm in norms.items()}
+        members.setdefault(group["kind"], []).extend(one.grad for one in group["params"] if one.grad is not None)
+    return {kind: nn.utils.get_total_norm(gradients) for kind, gradients in members.items() if gradients}
 
 
 class Telemetry:
@@ -114,7 +105,7 @@ class Telemetry:
         self.peak = None if peak is None else peak * devices
         self._next = 0.0
         self._step = 0
-        self._last: tuple[float, int] | None = None  # time and tokens of the line before
+        self._last: tuple[float, Progress] | None = None  # the line before, and when it was written
 
     def __call__(self, progress: Progress) -> None:
         """Hear of a step."""
@@ -136,10 +127,13 @@ class Telemetry:
         """The numbers of a line."""
         details = progress.details()  # waits for the device, so the clock is read after it
         now, rate = time.perf_counter(), progress.tokens_per_second
-        if self._last is not None:
-            rate = (progress.tokens - self._last[1]) / max(now - self._last[0], 1e-9)
-        self._last = now, progress.tokens
         flops = rate * self.flops_per_token
+        if self._last is not None:
+            then, before = self._last
+            seconds = max(now - then, 1e-9)
+            rate = (progress.tokens - before.tokens) / seconds
+            flops = (progress.flops - before.flops) / seconds
+        self._last = now, progress
         return {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -152,6 +146,9 @@ class Telemetry:
             "flops_per_second": flops,
             "mfu": None if self.peak is None else flops / self.peak,
             "memory": memory_of(self.device),
+            "micro_batch_tokens": progress.micro_batch_tokens,
+            "oom_backoffs": progress.oom_backoffs,
+            "skipped_steps": progress.skipped_steps,
             **details,
         }
 

@@ -1,0 +1,44 @@
+"""How many sequences a forward pass takes: as many as the device is predicted to hold, and half as many whenever it
+does not."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.cost import costs, micro_batch_tokens
+from trainer.recipe import Recipe
+
+USABLE = 0.8
+"""Share of a GPU's free memory that is planned with: the rest is for what the prediction leaves out, such as buffers of
+kernels and holes between tensors."""
+
+
+def micro_batch(recipe: Recipe, device: torch.device) -> int:
+    """Sequences of one forward pass: as the recipe says; on a GPU what its free memory holds, a batch halved as often
+    as it takes; on a CPU some thousand tokens, which are faster there than more."""
+    length = recipe.data.sequence_length
+    if recipe.train.micro_batch_tokens is not None or device.type != "cuda":
+        return micro_batch_tokens(recipe) // length
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return largest_micro_batch(recipe, USABLE * (free + cached))
+
+
+def largest_micro_batch(recipe: Recipe, budget: float) -> int:
+    """The sequences of one forward pass with which a training step is predicted to take at most `budget` bytes; one
+    where none does."""
+    length = recipe.data.sequence_length
+    sequences = max(1, recipe.train.batch_tokens // length)
+    while sequences > 1 and _predicted(recipe, sequences * length) > budget:
+        sequences = -(-sequences // 2)
+    return sequences
+
+
+def _predicted(recipe: Recipe, tokens: int) -> float:
+    train = recipe.train.model_copy(update={"micro_batch_tokens": tokens})
+    return costs(recipe.model_copy(update={"train": train})).train_memory
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
