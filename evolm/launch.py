@@ -313,12 +313,14 @@ def _runner(settings: Settings, ledger: Ledger, cache: Path | None) -> tuple[Run
         documents={name: one["digest"] for name, one in ledger.meta["corpus"]["sources"].items()},
         target=settings.target,
         device="cuda" if settings.gpus > 0 else "cpu",
-        threads=max(1, int(settings.cpus)),
+        threads=max(1, int(settings.cpus / settings.ranks)),
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         keep_last=settings.keep_last,
         keep_final=settings.keep_best > 0,
         log_bytes=settings.log_bytes,
         sinks=list(settings.sinks),
+        processes=settings.ranks,
+        engine=settings.engine,
     )
     return run_recipe, context.as_dict()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
 from search_spaces.errors import nearest
@@ -16,6 +16,7 @@ from trainer.recipe import Section
 from trainer.sinks import sink_names, unknown_sink
 
 Direction = Literal["min", "max"]
+EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
 
 DEFAULT_OBJECTIVES: dict[str, Direction] = {"bits_per_byte": "min", "params": "min"}
 
@@ -69,6 +70,12 @@ class ResourcesSection(Section):
         None, description="memory of all its processes together, such as 8GiB; an equal share of its node when absent"
     )
     max_concurrent: Count | None = Field(None, description="trials side by side; as many as fit when absent")
+    processes: Count | None = Field(
+        None, description="processes that train one trial together; one for each accelerator when absent"
+    )
+    engine: EngineName | None = Field(
+        None, description="how they share a model; single for one process, ddp for several when absent"
+    )
 
     @field_validator("cpus", "gpus")
     @classmethod
@@ -78,6 +85,17 @@ class ResourcesSection(Section):
         if info.field_name == "gpus" and amount > 1 and amount != int(amount):
             raise ValueError(f"must be a whole number above 1, is {amount}")
         return amount
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        processes, several = self.processes, (self.processes or self.gpus) > 1
+        if processes is not None and self.gpus > 0 and processes != max(1, self.gpus):
+            raise ValueError(f"processes = {processes} must be one for each of gpus = {self.gpus:g}")
+        if self.engine == "single" and several:
+            raise ValueError("engine single trains in one process; take ddp, fsdp or deepspeed")
+        if self.engine not in (None, "single") and not several:
+            raise ValueError(f"engine {self.engine} is for several processes: give processes, or gpus above 1")
+        return self
 
 
 class TrialSection(Section):
@@ -174,6 +192,13 @@ class Settings:
     max_bytes: int | None = None
     sinks: tuple[str, ...] = ()
     log_bytes: int = MAX_BYTES
+    processes: int | None = None
+    engine: EngineName | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train one trial together."""
+        return self.processes or max(1, int(self.gpus))
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, the way a run keeps them."""
