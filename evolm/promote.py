@@ -158,6 +158,7 @@ def _launch(run: Run, stage: Path, tokens: int, device: str, threads: int, cache
     command += ["--tokens", str(tokens), "--seed", str(run.settings.seed), "--device", device]
     command += ["--threads", str(threads), "--cache", str(cache), "--test", "--no-export"]
     command += [word for root in run.ledger.meta["roots"] for word in ("--root", root)]
+    command += [word for name in run.settings.sinks for word in ("--sink", name)]
     if run.settings.target:
         command += ["--target", json.dumps(run.settings.target)]
     with (stage / "log.txt").open("ab") as log:

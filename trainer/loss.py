@@ -62,7 +62,7 @@ def fused_loss(
     lesson: Lesson | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_cross_entropy`, of which a lesson takes its share, and beside it the cross-entropy alone, which has no
-    gradient: the nats of the text, whatever else is made small."""
+    gradient and one term for each of the N positions: the nats of the text, whatever else is made small."""
     kind = hidden.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     terms = _Terms(multiplier=multiplier, softcap=softcap, z_loss=z_loss, lesson=lesson)
@@ -153,8 +153,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = _rows(hidden, weight)
         to_hidden = torch.empty_like(inputs)
         to_weight = torch.zeros_like(weight, dtype=torch.float32)
-        nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        extra = torch.zeros_like(nats)
+        nats = torch.empty(len(inputs), dtype=torch.float32, device=hidden.device)
+        extra = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(inputs), rows):
                 part = inputs[start : start + rows]
@@ -170,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         share = 0.0 if terms.lesson is None else terms.lesson.share
-        total = (1 - share) * nats + extra
+        total = (1 - share) * nats.sum() + extra
         ctx.mark_non_differentiable(nats)
         return total, nats
 
@@ -205,11 +205,12 @@ def _gradient(
     nats: torch.Tensor,
     extra: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of some rows' loss in their logits; adds what these rows cost to the sums `nats` and `extra`."""
+    """The gradient of some rows' loss in their logits; writes the cross-entropy of these rows to `nats`, and adds what
+    else they cost to the sum `extra`."""
     softmax = torch.softmax(logits, dim=1)
     # Of the likeliest token, whose probability is never rounded to zero; softmax itself does not tell its sum.
     log_sum = logits.amax(dim=1, keepdim=True) - softmax.amax(dim=1, keepdim=True).log()
-    nats += (log_sum - logits.gather(1, target)).sum()
+    nats[rows] = (log_sum - logits.gather(1, target))[:, 0]
     pull = None if terms.lesson is None else _pull(logits, terms.lesson, rows, extra)
     kept = 1.0 if terms.lesson is None else 1 - terms.lesson.share
     if terms.z_loss:

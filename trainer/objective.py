@@ -21,7 +21,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class Losses(NamedTuple):
     """Of some sequences: `objective`, summed over tokens, and `balance`, what mixtures of experts add, summed over
-    sequences, or None, are made small; `nats` is the cross-entropy alone, summed over tokens, without a gradient."""
+    sequences, or None, are made small; `nats` is the cross-entropy alone, of each token in their order, without a
+    gradient."""
 
     objective: torch.Tensor
     balance: torch.Tensor | None
