@@ -69,9 +69,7 @@ class Content:
     optimizer: Values
 
 
-def content_of(
-    model: nn.Module, optimizer: Optimizer, average: Average | None = None, *, keep: bool = True
-) -> Content:
+def content_of(model: nn.Module, optimizer: Optimizer, average: Average | None = None, *, keep: bool = True) -> Content:
     """The content of a checkpoint. Of a model that is cut over processes every tensor is gathered in turn; those
     without `keep` only take part in that, and get empty ones."""
     moments, others = optimizer_state(optimizer, keep=keep)

@@ -139,7 +139,9 @@ def train(
         int | None, typer.Option(min=1, help="Processes that train together on this machine, one for each GPU.")
     ] = None,
     zero_stage: Annotated[int, typer.Option(min=1, max=3, help="What deepspeed cuts over the processes.")] = 2,
-    offload: Annotated[bool, typer.Option("--offload", help="Optimiser state in the CPU's memory (deepspeed).")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Optimiser state in the CPU's memory (deepspeed).")
+    ] = False,
 ) -> None:
     """Train one recipe to the end; run it again to go on after an interruption.
 
