@@ -34,8 +34,8 @@ TEST_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A stage that ended: its folder and record, or the signal that stopped it. `first` is false on all but the first of
-    several ranks, which have nothing to tell."""
+    """A stage that ended: its folder and record, or the signal that stopped it. `first` is false on all but the first
+    of several ranks, which have nothing to tell."""
 
     folder: Path
     record: dict[str, Any] | None
@@ -65,8 +65,8 @@ def train_recipe(
     to the `sinks` of these names.
 
     Goes on where the folder stopped. In a process that is one of several ranks it meets the others, and the first one
-    alone locks the folder, scores and exports; the engine is then ddp when none is named. Raises UsageError, SpaceError,
-    DataError, RankError, and what training raises.
+    alone locks the folder, scores and exports; the engine is then ddp when none is named. Raises UsageError,
+    SpaceError, DataError, RankError, and what training raises.
     """
     import torch
 

@@ -352,7 +352,7 @@ class _Run:
         shares = passes(count, self.micro, self.ranks.rank, self.ranks.world)
         for share in shares:
             start = self.samples + share.offset
-            batch = self.batch(start, share.count)
+            batch = self.batch(start, share.samples)
             with dropout_stream(self.recipe, self.seed, start, self.device):
                 losses = self.engine.forward(batch, last=share is shares[-1], length=length)
                 loss = losses.objective / tokens
@@ -424,7 +424,7 @@ class _Run:
         """Put the whole model, which the first rank has, through gates."""
         model = self.engine.whole()
         for gate in gates:
-            self.ranks.tell(partial(gate, model))
+            self.ranks.tell(partial(gate, model))  # type: ignore[arg-type]  # called where there is one
 
     def record(self, finished: bool) -> Record:
         """What this call did."""

@@ -40,7 +40,7 @@ class DDP(Single):
 
     def forward(self, batch: torch.Tensor, *, last: bool, length: int | None = None) -> Losses:
         """See Engine."""
-        self.wrapped.train()
+        self.model.train()
         self.wrapped.require_backward_grad_sync = last
         losses: Losses = self.wrapped(batch, length)
         return losses
