@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from trainer.completep import branch_multiplier, factors, logit_multiplier
 from trainer.data.loader import stream_seed
 from trainer.model.configuration_evolm import EvolmConfig
 from trainer.model.modeling_evolm import EvolmForCausalLM
+from trainer.parameter_groups import kind_of, writes_to_stream
 from trainer.recipe import Recipe
 
 LAYER_ATTRIBUTES = {
@@ -45,6 +47,8 @@ def config_of(recipe: Recipe) -> EvolmConfig:
         max_position_embeddings=recipe.data.sequence_length,
         tie_word_embeddings=model.tie_embeddings,
         initializer_range=model.init_std,
+        residual_multiplier=branch_multiplier(recipe),
+        logit_scale=logit_multiplier(recipe),
         **({"per_layer_config": differing} if differing else {}),
     )
 
@@ -54,4 +58,14 @@ def build_model(recipe: Recipe, seed: int, device: torch.device | str = "cpu") -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "init"))
         model = EvolmForCausalLM._from_config(config_of(recipe), attn_implementation="sdpa", dtype=torch.float32)
+    _spread(model, recipe)
     return model.to(device)
+
+
+@torch.no_grad()
+def _spread(model: EvolmForCausalLM, recipe: Recipe) -> None:
+    """Give initial weights the standard deviations of the recipe's parameterisation, from those of the standard one."""
+    for name, parameter in model.named_parameters():
+        std = factors(kind_of(name, parameter), recipe, writes=writes_to_stream(name)).std
+        if std != 1:
+            parameter.mul_(std)
