@@ -32,7 +32,7 @@ gates."""
 RATE_EXPONENTS = {"muon": 0.0, "adafactor": 0.5}
 """Learning rates of hidden matrices go as width to minus this, to minus 1 where an optimiser is not named. An element of
 Adam's step is of the same size at every width, so the change of a matrix's output grows with its inputs. Muon's step has
-a spectral norm that does not depend on width (Bernstein and Newhouse 2024, arXiv 2409.20325, example 6), and Adafactor's
+a spectral norm that does not depend on width (Bernstein and Newhouse 2024, arXiv 2409.20325), and Adafactor's
 is relative to the root mean square of the weights, which goes as 1 / sqrt(width) already."""
 
 
