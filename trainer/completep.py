@@ -6,7 +6,7 @@ With mN = d_model / base_d_model and mL = n_layers / base_n_layers, times what t
     kind            initial std      learning rate   Adam's epsilon   what else
     embedding       1                1               1 / mN
     hidden          1 / sqrt(mN)     1 / mN          1 / (mN mL)      branches are added to the stream times 1 / mL
-    router          1 / sqrt(mN)     1 / mN          1 / (mN mL)
+    router          1 / sqrt(mN)     1 / mN          1 / (mN mL)     (Malasnicki et al. 2025, arXiv 2508.09752)
     head            1                1               1 / mN           logits times 1 / mN, tied or not
     vector          1                1               1 / (mN mL)
 
@@ -29,11 +29,12 @@ Kind = Literal["embedding", "hidden", "router", "head", "vector"]
 """Token and position embeddings; matrices inside blocks; a mixture's routers; an untied output head; norms, biases and
 gates."""
 
-RATE_EXPONENTS = {"muon": 0.0, "adafactor": 0.5}
-"""Learning rates of hidden matrices go as width to minus this, to minus 1 where an optimiser is not named. An element of
-Adam's step is of the same size at every width, so the change of a matrix's output grows with its inputs. Muon's step has
-a spectral norm that does not depend on width (Bernstein and Newhouse 2024, arXiv 2409.20325), and Adafactor's
-is relative to the root mean square of the weights, which goes as 1 / sqrt(width) already."""
+RATE_EXPONENTS = {"muon": 0.5, "adafactor": 0.5}
+"""Learning rates of hidden matrices go as width to minus this, and to minus 1 where an optimiser is not named: entries
+of Adam's step have one size at every width, so what they change of a matrix's output grows with its inputs. That change
+is bounded by the spectral norm of the step (Yang et al. 2023, arXiv 2310.17813, condition 1), which for Muon is 0.2
+times the root of the width. Adafactor's step is relative to the root mean square of the weights, which goes as
+1 / sqrt(width) by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
