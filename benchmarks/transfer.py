@@ -1,6 +1,6 @@
 """Whether what is tuned at a small size holds at larger ones: CompleteP against the standard parameterisation.
 
-    python benchmarks/transfer.py [--quick] [--qk-norm on|off|both] [--steps 250] [--jobs 2] [--out FILE]
+    python benchmarks/transfer.py [--quick] [--qk-norm on|off|both] [--steps 200] [--jobs 2] [--out FILE]
 
 Models of width 64 to 256 (4 blocks) and of 2 to 8 blocks (width 64) are trained on the text of this Python's own
 installation, once for each learning rate in octaves, one thread a process. Initial standard deviation and learning rate
@@ -8,7 +8,7 @@ are tuned at the smallest size of each axis, where both parameterisations are th
 parameterisation and size, the losses (nats per token of held-out text), the best learning rate (of a parabola through
 the minimum and its neighbours) and how far it moves from the base; then the level: CompleteP at the base's best rate
 against the control arm, the standard parameterisation at the rate that the OLMo ladder's law, params^(-1/3), makes of
-it. All arms have the same batch: that of the ladder would leave a run of this length a dozen steps.
+it. All arms have the same batch: that of the ladder would leave a run of this length a few steps.
 
 The last line is JSON. With --out, losses are kept in a file and not computed again.
 """
@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -29,14 +30,15 @@ from typing import Any
 from trainer.recipe import Recipe
 from trainer.scaling import scaling_params
 
-OCTAVES = (-9, -8, -7, -6, -5)
+FIRST = -7
 WIDEST = (-13, -1)
-"""Learning rates that are tried first, and how far sweeps go on while the best is at an end; powers of two."""
+"""The learning rate that is tried first, with its neighbours, and how far a sweep goes on while the best is at an end;
+logarithms to base two."""
 
 DEVIATIONS = (0.02, 0.05, 0.1)
 """Initial standard deviations that the base is tuned over."""
 
-SEQUENCE, BATCH, VOCABULARY = 128, 1024, 1024
+SEQUENCE, BATCH, VOCABULARY = 128, 512, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class Job:
                     "sources": {"python": {"path": "python:stdlib"}},
                     "tokenizer": {"vocab_size": VOCABULARY},
                     "sequence_length": SEQUENCE,
+                    "held_out": {"max_bytes": 2**15},
                 },
                 "model": {
                     "d_model": self.width,
@@ -88,7 +91,6 @@ class Job:
                     "batch_tokens": BATCH,
                     "warmup_steps": max(1, self.steps // 10),
                     "decay_fraction": 0.3,
-                    "precision": "bf16",
                     "seed": self.seed,
                 },
             }
@@ -118,7 +120,9 @@ def run(job: Job, cache: Path) -> float:
 def _corpus(cache: Path) -> Any:
     from trainer.data.corpus import Corpus
 
-    return Corpus.open(Job(width=64, depth=2, base=(64, 2), rate=-7, std=0.02, qk_norm=True, steps=1).recipe().data, cache)
+    return Corpus.open(
+        Job(width=64, depth=2, base=(64, 2), rate=-7, std=0.02, qk_norm=True, steps=1).recipe().data, cache
+    )
 
 
 class Losses:
@@ -144,9 +148,9 @@ Sweep = dict[float, float]
 """Losses by learning rate."""
 
 
-def sweep(losses: Losses, jobs: list[Job], octaves: tuple[int, ...]) -> list[Sweep]:
-    """For each job the losses over octaves, and further ones while the best is at an end."""
-    rates: list[set[float]] = [set(octaves) for _ in jobs]
+def sweep(losses: Losses, jobs: list[Job], start: int) -> list[Sweep]:
+    """For each job the losses at three octaves, and at further ones while the best is at an end."""
+    rates: list[set[float]] = [{start - 1, start, start + 1} for _ in jobs]
     while True:
         wanted = [replace(job, rate=rate) for job, tried in zip(jobs, rates, strict=True) for rate in sorted(tried)]
         found = iter(losses.of(wanted))
@@ -178,26 +182,30 @@ class Axis:
     sizes: tuple[tuple[int, int], ...]
 
 
-def study(losses: Losses, axis: Axis, qk_norm: bool, steps: int, octaves: tuple[int, ...], seeds: int) -> dict[str, Any]:
+def study(losses: Losses, axis: Axis, qk_norm: bool, steps: int, seeds: int) -> dict[str, Any]:
     """Sweep one axis in both parameterisations and compare levels; prints what it finds."""
     width, depth = base = axis.sizes[0]
     print(f"\n== {axis.name} {', '.join(str(size) for size in axis.sizes)}, qk-norm {'on' if qk_norm else 'off'}")
-    bases = [Job(width=width, depth=depth, base=base, rate=0, std=std, qk_norm=qk_norm, steps=steps) for std in DEVIATIONS]
-    tuning = sweep(losses, bases, octaves)
+    bases = [
+        Job(width=width, depth=depth, base=base, rate=0, std=std, qk_norm=qk_norm, steps=steps) for std in DEVIATIONS
+    ]
+    tuning = sweep(losses, bases, FIRST)
     for job, one in zip(bases, tuning, strict=True):
         print(f"base, initial std {job.std:<5} {_row(one)}")
     job, at_base = min(zip(bases, tuning, strict=True), key=lambda pair: min(pair[1].values()))
     tuned = optimum(at_base)
     print(f"base constants: initial std {job.std}, learning rate 2^{tuned:.2f}")
 
+    arms = ("standard", "completep")
+    jobs = [replace(job, arm=arm, width=w, depth=d) for arm in arms for w, d in axis.sizes]
+    sweeps = iter(sweep(losses, jobs, round(tuned)))
     drift, own = {}, {}
-    for arm in ("standard", "completep"):
-        sized = [replace(job, arm=arm, width=w, depth=d) for w, d in axis.sizes]
-        sweeps = sweep(losses, sized, octaves)
-        best = [optimum(one) for one in sweeps]
+    for arm in arms:
+        mine = [next(sweeps) for _ in axis.sizes]
+        best = [optimum(one) for one in mine]
         drift[arm] = [round(value - best[0], 2) for value in best]
-        own[arm] = [min(one.values()) for one in sweeps]
-        for size, one, value, moved in zip(axis.sizes, sweeps, best, drift[arm], strict=True):
+        own[arm] = [min(one.values()) for one in mine]
+        for size, one, value, moved in zip(axis.sizes, mine, best, drift[arm], strict=True):
             print(f"{arm:<10} {size!s:<10} {_row(one)}  best 2^{value:.2f} ({moved:+.2f} octaves)")
     level = _level(losses, axis, job, tuned, own, seeds)
     return {"std": job.std, "rate": round(tuned, 2), "drift": drift, "level": level}
@@ -206,7 +214,7 @@ def study(losses: Losses, axis: Axis, qk_norm: bool, steps: int, octaves: tuple[
 def _level(
     losses: Losses, axis: Axis, job: Job, tuned: float, own: dict[str, list[float]], seeds: int
 ) -> list[dict[str, Any]]:
-    """CompleteP at the base's learning rate, and the control arm at the one that its law gives, at every larger size."""
+    """CompleteP at the base's learning rate and the control arm at the one that its law gives, at every larger size."""
     level = []
     params = scaling_params(job.recipe())
     for index, (width, depth) in enumerate(axis.sizes[1:], start=1):
@@ -236,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes of each axis, 60 steps")
     parser.add_argument("--qk-norm", choices=("on", "off", "both"), default="both")
-    parser.add_argument("--steps", type=int, default=250, help=f"steps of {BATCH} tokens")
+    parser.add_argument("--steps", type=int, default=200, help=f"steps of {BATCH} tokens")
     parser.add_argument("--seeds", type=int, default=2, help="of the comparison of levels")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
     parser.add_argument("--cache", type=Path, help="of tokenised text")
@@ -244,21 +252,24 @@ def main() -> None:
     options = parser.parse_args()
     from trainer.data.cache import default_cache
 
+    assert hasattr(sys.stdout, "reconfigure")
+    sys.stdout.reconfigure(line_buffering=True)
     cache = options.cache or default_cache()
-    axes = [Axis(name="width", sizes=((64, 4), (128, 4), (256, 4))), Axis(name="depth", sizes=((64, 2), (64, 4), (64, 8)))]
-    steps, seeds, octaves = options.steps, options.seeds, OCTAVES
+    axes = [
+        Axis(name="width", sizes=((64, 4), (128, 4), (256, 4))),
+        Axis(name="depth", sizes=((64, 2), (64, 4), (64, 8))),
+    ]
+    steps, seeds = options.steps, options.seeds
     if options.quick:
         axes = [replace(axis, sizes=axis.sizes[:2]) for axis in axes]
-        steps, seeds, octaves = 60, 1, OCTAVES[1::2]
+        steps, seeds = 60, 1
     begun = time.monotonic()
     _corpus(cache)
     losses = Losses(options.jobs, cache, options.out)
     told: dict[str, Any] = {"steps": steps, "batch_tokens": BATCH}
-    for qk_norm in {"on": [True], "off": [False], "both": [True, False]}[options.qk_norm]:
+    for qk_norm in {"on": [True], "off": [False], "both": [False, True]}[options.qk_norm]:
         for axis in axes:
-            told[f"{axis.name}, qk-norm {'on' if qk_norm else 'off'}"] = study(
-                losses, axis, qk_norm, steps, octaves, seeds
-            )
+            told[f"{axis.name}, qk-norm {'on' if qk_norm else 'off'}"] = study(losses, axis, qk_norm, steps, seeds)
     print(json.dumps({**told, "seconds": round(time.monotonic() - begun)}))
 
 

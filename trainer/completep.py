@@ -10,10 +10,10 @@ With mN = d_model / base_d_model and mL = n_layers / base_n_layers, times what t
     head            1                1               1 / mN           logits times 1 / mN, tied or not
     vector          1                1               1 / (mN mL)
 
-Weight decay is divided by what multiplies the learning rate, because optimisers decay by the product of the two: weights
-forget as fast at every width. Standard deviations are those of a model of base_n_layers blocks: what the standard
-parameterisation takes off for depth is taken off once, by the multiplier of the branches. A block that is run several
-times (`recursion`) counts as one, since recursion stays what it is when a recipe is scaled.
+Weight decay is divided by what multiplies the learning rate, because optimisers decay by the product of the two:
+weights forget as fast at every width. Standard deviations are those of a model of base_n_layers blocks: what the
+standard parameterisation takes off for depth is taken off once, by the multiplier of the branches. A block that is run
+several times (`recursion`) counts as one, since recursion stays what it is when a recipe is scaled.
 
 At the base itself all factors are one: the run is, bit by bit, that of the standard parameterisation.
 """

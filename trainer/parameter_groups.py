@@ -31,8 +31,8 @@ def writes_to_stream(name: str) -> bool:
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """One group for each kind that the model has, as optimisers take them.
 
-    `scale` is what the scheduled learning rate is multiplied by; weight decay is for matrices other than embeddings, and
-    is divided by it: optimisers decay by the product of the two.
+    `scale` is what the scheduled learning rate is multiplied by; weight decay is for matrices other than embeddings,
+    and is divided by it: optimisers decay by the product of the two.
     """
     members: dict[Kind, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """From the recipe of a proxy to that of a larger model: wider, deeper, trained for longer.
 
-`scaled` keeps what was tuned by CompleteP; `ladder` is its control arm, the standard parameterisation with learning rate
-and batch by size alone.
+`scaled` keeps what was tuned by CompleteP; `ladder` is its control arm, the standard parameterisation with learning
+rate and batch by size alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from trainer.cost import costs
 from trainer.recipe import Recipe
 from trainer.recipe.model import PER_LAYER
+from trainer.recipe_check import rule
 
 BATCH_EXPONENT = 0.383
 """Batches grow as tokens to this power (Bergsma et al. 2025, arXiv 2505.13738, by way of nanochat's
@@ -82,7 +83,8 @@ def ladder(recipe: Recipe, params: int, tokens: int) -> Recipe:
 def ladder_rate(params: int, tokens: int) -> float:
     """The learning rate of the OLMo ladder: 0.00235 (params / 108M)^(-1/3), beyond 20 tokens a parameter divided by the
     root of tokens / (20 params)."""
-    return 0.0047 / 2 * (params / LADDER_PARAMS) ** (-1 / 3) / max(1.0, tokens / (20 * params)) ** 0.5
+    long = max(1.0, tokens / (20 * params))
+    return 0.0047 / 2 / math.cbrt(params / LADDER_PARAMS) / math.sqrt(long)
 
 
 def scaling_params(recipe: Recipe) -> int:
@@ -138,4 +140,6 @@ def _changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     values = recipe.model_dump()
     for section, changes in sections.items():
         values[section] |= changes
+    if words := rule(values):
+        raise ValueError(words)
     return Recipe.model_validate(values)

@@ -97,8 +97,8 @@ def test_a_scaled_recipe_begins_as_wide_as_it_is_tuned():
 
 
 # --- the coordinate check ---------------------------------------------------------------------------------------------
-# Yang et al. 2022 (arXiv 2203.03466, appendix D.1): a few steps on the same data, at several widths. Where the mean size
-# of an activation grows or vanishes with the width, so would the best learning rate move with it.
+# Yang et al. 2022 (arXiv 2203.03466, appendix D.1): a few steps on the same data, at several widths. Where the mean
+# size of an activation grows or vanishes with the width, so would the best learning rate move with it.
 
 
 def batch_of(seed):

@@ -113,7 +113,7 @@ def models(draw):
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(model=models(), width=st.integers(1, 4), depth=st.integers(1, 3))
 def test_every_legal_model_grows_to_a_legal_one_layer_by_layer(model, width, depth):
-    """Matrices of blocks grow with the square of the width; everything else that costs anything grows with the width."""
+    """Heads and hidden units grow with the width, layers are repeated, and all else of a layer stays as it was."""
     before, after = recipe_with(model), scaled(recipe_with(model), width=width, depth=depth)
     old, new = before.model.layers(), after.model.layers()
     assert len(new) == depth * len(old)
