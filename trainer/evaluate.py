@@ -31,8 +31,6 @@ class TokenScorer:
             batch = torch.from_numpy(windows[start : start + rows]).to(self.device)
             with autocast(self.recipe, self.device):
                 hidden = self.model.model(batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
-                nats = token_nats(
-                    hidden * self.model.config.logit_scale, self.model.lm_head.weight, batch[:, 1:].flatten()
-                )
+                nats = token_nats(hidden, self.model.lm_head.weight, batch[:, 1:].flatten())
             pieces.append(nats.view(len(batch), -1).cpu().numpy())
         return np.concatenate(pieces)

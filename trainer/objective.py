@@ -19,7 +19,7 @@ def training_loss(
     balanced = recipe.model.ffn == "moe" and recipe.model.balance_loss > 0
     with autocast(recipe, batch.device):
         output = model.model(batch[:, :-1], use_cache=False, output_router_logits=balanced)
-        hidden = output.last_hidden_state.flatten(0, 1) * model.config.logit_scale
+        hidden = output.last_hidden_state.flatten(0, 1)
         nats = linear_cross_entropy(hidden, model.lm_head.weight, batch[:, 1:].flatten())
     if not balanced:
         return nats, None

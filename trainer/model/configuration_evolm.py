@@ -39,8 +39,6 @@ class EvolmConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
-    residual_multiplier: float = 1.0
-    logit_scale: float = 1.0
     attention_dropout: float = 0.0
     use_cache: bool = True
     layer_types: list[str] | None = None

@@ -238,13 +238,11 @@ class EvolmDecoderLayer(GradientCheckpointingLayer):
         self.mlp = EvolmMixture(config, layer_idx) if config.ffn == "moe" else EvolmMLP(config, layer_idx)
         self.input_layernorm = EvolmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = EvolmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.residual_multiplier = config.residual_multiplier
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        by = self.residual_multiplier
-        hidden_states = hidden_states + by * attended
-        return hidden_states + by * self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class EvolmPreTrainedModel(PreTrainedModel):
@@ -377,7 +375,7 @@ class EvolmForCausalLM(EvolmPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :]) * self.config.logit_scale
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
