@@ -113,8 +113,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+            for name, tensor in _tensors(model).items():
+                tensor.copy_(weights[name])
         for name, parameter in parameters.items():
             keys = ("exp_avg", "exp_avg_sq", "step")
             optimizer.state[parameter] = {
@@ -134,8 +134,15 @@ def _place_steps(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
 
 
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, and what is not trained and yet part of the model: a router's bias. Tied ones once."""
+    kept = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()}
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in _tensors(model).items()}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
