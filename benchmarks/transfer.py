@@ -1,6 +1,7 @@
 """Whether what is tuned at a small size holds at larger ones: CompleteP against the standard parameterisation.
 
-    python benchmarks/transfer.py [--quick] [--qk-norm on|off|both] [--steps 200] [--jobs 2] [--out FILE]
+    python benchmarks/transfer.py [--quick] [--axis width|depth|both] [--qk-norm on|off|both] [--steps 200] [--jobs 2]
+        [--out FILE]
 
 Models of width 64 to 256 (4 blocks) and of 2 to 8 blocks (width 64) are trained on the text of this Python's own
 installation, once for each learning rate in octaves, one thread a process. Initial standard deviation and learning rate
@@ -244,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two sizes of each axis, 60 steps")
     parser.add_argument("--qk-norm", choices=("on", "off", "both"), default="both")
+    parser.add_argument("--axis", choices=("width", "depth", "both"), default="both")
     parser.add_argument("--steps", type=int, default=200, help=f"steps of {BATCH} tokens")
     parser.add_argument("--seeds", type=int, default=2, help="of the comparison of levels")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
@@ -259,6 +261,7 @@ def main() -> None:
         Axis(name="width", sizes=((64, 4), (128, 4), (256, 4))),
         Axis(name="depth", sizes=((64, 2), (64, 4), (64, 8))),
     ]
+    axes = [axis for axis in axes if options.axis in (axis.name, "both")]
     steps, seeds = options.steps, options.seeds
     if options.quick:
         axes = [replace(axis, sizes=axis.sizes[:2]) for axis in axes]
