@@ -1,8 +1,9 @@
 """Lowering: a genome that says no more than a stock class can say is exported as that class.
 
 Stock classes need no code of ours and are the ones that serving engines know best. Weight names are shared with the
-Llama family, so lowering copies a configuration and tensors whose content at most takes multipliers up. Files of Mixtral alone name their weights
-otherwise than the class does, and hold its experts one by one: `published_weights` takes the stacks apart.
+Llama family, so lowering copies a configuration and tensors, whose content at most takes multipliers up (`folded`).
+Files of Mixtral alone name their weights otherwise than the class does, and hold its experts one by one:
+`published_weights` takes the stacks apart.
 
     swiglu, layers alike, no qk-norm    LlamaForCausalLM
     swiglu, layers alike, qk-norm       Qwen3ForCausalLM
