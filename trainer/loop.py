@@ -360,7 +360,7 @@ class _Run:
                 self.engine.backward(loss if self.scale is None else self.scale.scaled(loss))
             total += share.weight * losses.nats.sum() / tokens
             if share.weight:
-                self.meter.add(start, share.count, losses.nats)
+                self.meter.add(start, share.samples, losses.nats)
         return self.ranks.sum(total)
 
     def batch(self, start: int, count: int) -> torch.Tensor:
