@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from trainer.sharding import part, placed
+
 
 class Average:
     """The exponential mean of the weights after each step: after n steps, sum_i d^(n-i) w_i / sum_i d^(n-i).
@@ -25,7 +27,8 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after step `step`, the first being 0."""
         share = (1 - self.decay) / (1 - self.decay ** (step + 1))
-        torch._foreach_lerp_(list(self._means.values()), [one.detach() for one in self._weights.values()], share)
+        means, weights = ([part(one) for one in named.values()] for named in (self._means, self._weights))
+        torch._foreach_lerp_(means, weights, share)
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """The means by the names of the weights."""
@@ -35,7 +38,7 @@ class Average:
     def load(self, means: Mapping[str, torch.Tensor]) -> None:
         """Go on from the means of a checkpoint. Raises KeyError when one is missing."""
         for name, mean in self._means.items():
-            mean.copy_(means[name])
+            mean.copy_(placed(means[name], mean))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

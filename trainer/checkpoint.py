@@ -16,6 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ from trainer.averaging import Average
 from trainer.data.cache import digest_of
 from trainer.errors import CheckpointError
 from trainer.optim import Optimizer
-from trainer.optimizer_state import load_optimizer_state, optimizer_state
+from trainer.optimizer_state import Values, load_optimizer_state, optimizer_state
+from trainer.sharding import kept, placed
 
 MANIFEST = "checkpoint.json"
 MODEL, OPTIMIZER, RAW = "model.safetensors", "optimizer.safetensors", "raw.safetensors"
@@ -58,6 +60,26 @@ class RunState(BaseModel):
     scaler: dict[str, Any] | None = None  # the scale of the loss in fp16
 
 
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a checkpoint holds beside the state of the run: whole tensors on the CPU by file and name, and what of the
+    optimiser's is no tensor."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    optimizer: Values
+
+
+def content_of(model: nn.Module, optimizer: Optimizer, average: Average | None = None, *, keep: bool = True) -> Content:
+    """The content of a checkpoint. Of a model that is cut over processes every tensor is gathered in turn; those
+    without `keep` only take part in that, and get empty ones."""
+    moments, others = optimizer_state(optimizer, keep=keep)
+    weights = _weights(_tensors(model), keep)
+    tensors = {MODEL: weights, OPTIMIZER: moments}
+    if average is not None:
+        tensors |= {MODEL: weights | _weights(average.state(), keep), RAW: weights}
+    return Content(tensors=tensors, optimizer=others)
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -67,6 +89,11 @@ def save_checkpoint(
     keep: int = 1,
     average: Average | None = None,
 ) -> None:
+    """Write a checkpoint of what one process holds."""
+    write_checkpoint(folder, content_of(model, optimizer, average), state, keep=keep)
+
+
+def write_checkpoint(folder: Path, content: Content, state: RunState, *, keep: int = 1) -> None:
     """Write a checkpoint; one that is already there under this name is replaced once the new one is complete, or, when
     more than one is to be kept, moves on to `NAME-1`, that one to `NAME-2`, and so on."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,20 +101,16 @@ def save_checkpoint(
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        moments, others = optimizer_state(optimizer)
-        tensors = {MODEL: _weights(dict(model.named_parameters())), OPTIMIZER: moments}
-        if average is not None:
-            tensors |= {MODEL: _weights(average.state()), RAW: tensors[MODEL]}
-        for name, content in tensors.items():
-            _save(content, temporary / name)
+        for name, tensors in content.tensors.items():
+            _save(tensors, temporary / name)
         manifest: dict[str, Any] = {
             "state": state.model_dump(),
-            "optimizer": others,
-            "files": {name: _sha256(temporary / name) for name in tensors},
+            "optimizer": content.optimizer,
+            "files": {name: _sha256(temporary / name) for name in content.tensors},
         }
         manifest["checksum"] = digest_of(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for name in (*tensors, MANIFEST):
+        for name in (*content.tensors, MANIFEST):
             _sync(temporary / name)
         old = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
         if folder.exists():
@@ -134,11 +157,25 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, averag
         _fill(model, load_file(folder / (MODEL if average is None else RAW)))
         if average is not None:
             average.load(load_file(folder / MODEL))
-        others = json.loads((folder / MANIFEST).read_text()).get("optimizer", {})
-        load_optimizer_state(optimizer, load_file(folder / OPTIMIZER), others)
+        load_optimizer_state(optimizer, load_file(folder / OPTIMIZER), _values(folder))
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
     return state
+
+
+def read_content(folder: Path) -> Content:
+    """What a verified checkpoint holds. Raises CheckpointError."""
+    read_state(folder)
+    try:
+        tensors = {name: load_file(folder / name) for name in (MODEL, OPTIMIZER, RAW) if (folder / name).exists()}
+        return Content(tensors=tensors, optimizer=_values(folder))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from None
+
+
+def _values(folder: Path) -> Values:
+    values: Values = json.loads((folder / MANIFEST).read_text()).get("optimizer", {})
+    return values
 
 
 def load_weights(folder: Path, model: nn.Module) -> RunState:
@@ -151,14 +188,21 @@ def load_weights(folder: Path, model: nn.Module) -> RunState:
     return state
 
 
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, and what is not trained and yet part of the model: a router's bias. Tied ones once."""
+    kept = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(placed(weights[name], tensor))
 
 
-def _weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+def _weights(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    return {name: kept(tensor, keep) for name, tensor in tensors.items()}
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

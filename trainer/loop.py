@@ -9,33 +9,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from search_spaces.errors import UsageError
 from trainer.averaging import Average
-from trainer.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
+from trainer.checkpoint import RunState, read_state, write_checkpoint
 from trainer.compiling import compiled_blocks, compiles
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
+from trainer.device import reused_memory
 from trainer.distillation import Teacher
+from trainer.engines import Setup, build_engine
+from trainer.engines.shares import passes
 from trainer.errors import CheckpointError, DataError
 from trainer.extras import unusable_precision
 from trainer.gates import check_causality, check_floor
 from trainer.loss_scale import LossScale
 from trainer.memory import micro_batch, out_of_memory, recompute_blocks
-from trainer.model import EvolmForCausalLM, build_model
-from trainer.objective import dropout_stream, training_loss
-from trainer.optim import build_optimizer, set_learning_rate
+from trainer.model import EvolmForCausalLM, rebalance
+from trainer.objective import dropout_stream
+from trainer.optim import set_learning_rate
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
 from trainer.schedule import Horizon, horizon_of, learning_rate
 from trainer.stability import Spikes, Stability
+from trainer.telemetry import Meter
 
 CHECK_EVERY = 10
 """On a GPU, steps between looks at the loss: each look waits for the device."""
@@ -45,7 +50,11 @@ CHECK_EVERY = 10
 class Progress:
     """Where a run is: tokens so far and in all, FLOPs of this call, and what the last step looked like. Losses are nats
     per token. `oom_backoffs` and `skipped_steps` count from the first token: how often a device was out of memory and
-    the micro-batch was halved, and steps that were spikes."""
+    the micro-batch was halved, and steps that were spikes.
+
+    Where `looked` is false, loss and gradient norm are those of an earlier step: a GPU was not made to wait. `details`
+    gives more by name when it is called, and waits for the device (see `Meter.details`).
+    """
 
     tokens: int
     total_tokens: int
@@ -57,6 +66,9 @@ class Progress:
     micro_batch_tokens: int
     oom_backoffs: int
     skipped_steps: int
+    step: int = 0
+    looked: bool = True
+    details: Callable[[], Mapping[str, float]] = dict
 
 
 Report = Callable[[Progress], bool]
@@ -66,9 +78,10 @@ Report = Callable[[Progress], bool]
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What a run did. `flops`, `seconds` and `trained_tokens` are of this call alone; all else counts from the first
-    token. The model has the weights that are to be judged: their mean where the recipe asks for one."""
+    token. The model is whole and has the weights that are to be judged, their mean where the recipe asks for one; it is
+    the first rank's, the others have None."""
 
-    model: EvolmForCausalLM
+    model: EvolmForCausalLM | None
     finished: bool
     tokens: int
     trained_tokens: int
@@ -110,12 +123,15 @@ def train(
     checkpoints: Checkpoints | None = None,
     device: str = "cpu",
     roots: Sequence[Path] = (),
+    setup: Setup | None = None,
 ) -> Record:
     """Train a recipe's model on `tokens` tokens of its corpus, from its initial weights or from the checkpoint `start`.
-    A teacher is looked for below `roots`.
+    A teacher is looked for below `roots`. With a `setup` of several ranks all of them call this; the first one alone
+    writes, any of them can stop the run.
 
     Raises Diverged and Leak when going on would be wasted, CheckpointError when `start` is not of this run, DataError
-    when corpus or teacher is not the recipe's, UsageError when the recipe cannot be trained on this device.
+    when corpus or teacher is not the recipe's, UsageError when the recipe cannot be trained on this device or with this
+    setup.
     """
     seed = recipe.train.seed if seed is None else seed
     if words := unusable_precision(recipe.train.precision, device):
@@ -127,13 +143,16 @@ def train(
         )
     teacher = Teacher.open(recipe, corpus.tokenizer, roots, device)
     horizon = horizon_of(recipe, tokens)
-    run = _Run(recipe, corpus, horizon, seed, checkpoints or Checkpoints(), torch.device(device), teacher)
+    run = _Run(
+        recipe, corpus, horizon, seed, checkpoints or Checkpoints(), torch.device(device), setup or Setup(), teacher
+    )
     if start is not None:
         run.load(start)
-    check_causality(run.model)
-    finished = run.advance(report)
-    if finished:
-        run.finish()
+    with reused_memory():
+        run.check(check_causality)
+        finished = run.advance(report)
+        if finished:
+            run.finish()
     return run.record(finished)
 
 
@@ -148,23 +167,24 @@ class _Run:
         seed: int,
         checkpoints: Checkpoints,
         device: torch.device,
-        teacher: Teacher | None = None,
+        setup: Setup,
+        teacher: Teacher | None,
     ) -> None:
         self.recipe, self.corpus, self.horizon, self.seed = recipe, corpus, horizon, seed
         self.checkpoints, self.device, self.teacher = checkpoints, device, teacher
+        self.ranks, self.engine = setup.ranks, build_engine(recipe, seed, device, setup, teacher)
         self.loader: Loader = corpus.loader(seed)
-        self.model = build_model(recipe, seed, device)
-        self.optimizer = build_optimizer(self.model, recipe)
-        self.average = Average(self.model, recipe.train.ema) if recipe.train.ema else None
+        self.meter = Meter(self.loader, device)
+        self.average = Average(self.engine.model, recipe.train.ema) if recipe.train.ema else None
         self.scale = LossScale(device) if recipe.train.precision == "fp16" else None
         self.spikes = Spikes(recipe.train.skip_spikes) if recipe.train.skip_spikes else None
         self.stability = Stability(recipe.data.tokenizer.vocab_size)
         if recipe.train.gradient_checkpointing:
-            recompute_blocks(self.model)
+            recompute_blocks(self.engine.model)
         self.flops_per_token = {phase.length: self.price(phase.length) for phase in horizon.sequences}
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
-        self.micro, self.oom_backoffs = micro_batch(recipe, device), 0
+        self.micro, self.oom_backoffs = self.ranks.least(micro_batch(recipe, device)), 0
         self.seen = math.nan, math.nan  # loss and gradient norm when they were last looked at
         self.started = self.saved = time.perf_counter()
 
@@ -228,7 +248,7 @@ class _Run:
             raise CheckpointError(
                 f"{folder}: is beyond sequence {self.horizon.trunk}, where a run of {self.horizon.samples} decays"
             )
-        load_checkpoint(folder, self.model, self.optimizer, self.average)
+        self.engine.restore(folder, self.average)
         self.stability.load(state.losses)
         if self.spikes is not None and state.spikes is not None:
             self.spikes.load(state.spikes)
@@ -245,7 +265,8 @@ class _Run:
     def advance(self, report: Report) -> bool:
         """Train to the horizon; False when `report` stopped the run, which is then checkpointed."""
         whole = self.flops_of(0, self.horizon.samples)
-        with compiled_blocks(self.model, compiles(self.recipe, self.device, whole)):
+        wanted = self.engine.compiles and compiles(self.recipe, self.device, whole)
+        with compiled_blocks(self.engine.model, wanted):
             return self.steps(report)
 
     def steps(self, report: Report) -> bool:
@@ -253,23 +274,24 @@ class _Run:
         if self.samples == self.horizon.trunk:
             self.save(self.checkpoints.trunk)
         while self.samples < self.horizon.samples:
-            keep_going = report(self.step())
+            stop = not report(self.step())
             if self.samples == self.horizon.trunk:
                 self.save(self.checkpoints.trunk)
-            if not keep_going and self.samples < self.horizon.samples:
+            due = self.ranks.first and time.perf_counter() - self.saved > self.checkpoints.seconds
+            stop, due = self.ranks.any(stop, due)
+            if stop and self.samples < self.horizon.samples:
                 self.save(self.checkpoints.latest)
                 return False
-            if time.perf_counter() - self.saved > self.checkpoints.seconds:
+            if due:
                 self.save(self.checkpoints.latest)
         return True
 
     def step(self) -> Progress:
         """One optimiser step over the next batch, the last of a run possibly smaller."""
         begun = time.perf_counter()
-        self.model.train()
         count, number = self.horizon.count(self.samples), self.horizon.step(self.samples)
         rate = learning_rate(self.recipe, self.horizon, self.samples)
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.engine.optimizer, rate)
         loss = self.gradient(count)
         norm = self.clip()
         skip = self.stands_out(number + 1, loss, norm)
@@ -277,7 +299,8 @@ class _Run:
         first = self.samples == self.first_sample
         self.samples += count
         last = self.samples == self.horizon.samples
-        if self.device.type == "cpu" or self.spikes is not None or first or last or number % CHECK_EVERY == 0:
+        now = self.device.type == "cpu" or self.spikes is not None or first or last or number % CHECK_EVERY == 0
+        if now:
             self.look(number + 1, loss, norm, last=last, skipped=skip)
         tokens = count * self.horizon.sequence_length
         return Progress(
@@ -291,22 +314,25 @@ class _Run:
             micro_batch_tokens=self.micro * self.horizon.sequence_length,
             oom_backoffs=self.oom_backoffs,
             skipped_steps=0 if self.spikes is None else self.spikes.skipped,
+            step=number + 1,
+            looked=now,
+            details=partial(self.meter.details, self.samples, self.engine.norms),
         )
 
     def gradient(self, count: int) -> torch.Tensor:
         """`backward` over the next `count` samples, begun anew with half the micro-batch where memory does not do, for
-        as long as there is more than one sequence to halve."""
+        as long as there is more than one sequence to halve. Of several ranks one that has begun cannot begin anew."""
         while True:
             try:
                 return self.backward(count)
             except RuntimeError as error:
-                if not out_of_memory(error) or min(self.micro, count) == 1:
+                if not out_of_memory(error) or min(self.micro, count) == 1 or self.ranks.world > 1:
                     raise
             self.back_off(count)  # here nothing holds the tensors of the attempt any longer
 
     def back_off(self, count: int) -> None:
         """Halve the micro-batch for the rest of the run."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.micro = -(-min(self.micro, count) // 2)
@@ -316,24 +342,26 @@ class _Run:
         """Accumulate the gradient of the mean loss over the next `count` samples; returns the mean cross-entropy, nats
         per token.
 
-        Every micro-batch is divided by the tokens of the whole batch, so its size changes nothing but memory. What else
-        training makes small, such as the balance of experts, is in the gradient, not in what is returned.
+        Every pass of every rank is divided by the tokens of the whole batch, so that their size and number change
+        nothing but memory. What else training makes small, such as the balance of experts, is in the gradient, not in
+        what is returned.
         """
         whole, length = self.horizon.sequence_length, self.horizon.length(self.samples)
         tokens, pieces = count * whole, count * whole // length
         total = torch.zeros((), device=self.device)
-        for start in range(self.samples, self.samples + count, self.micro):
-            batch = self.batch(start, min(self.micro, self.samples + count - start))
+        shares = passes(count, self.micro, self.ranks.rank, self.ranks.world)
+        for share in shares:
+            start = self.samples + share.offset
+            batch = self.batch(start, share.samples)
             with dropout_stream(self.recipe, self.seed, start, self.device):
-                losses = training_loss(self.model, self.recipe, batch, length=length, teacher=self.teacher)
+                losses = self.engine.forward(batch, last=share is shares[-1], length=length)
                 loss = losses.objective / tokens
-                loss = loss if losses.balance is None else loss + losses.balance / pieces
-                if self.scale is None:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                else:
-                    self.scale.backward(loss)
-            total += losses.nats / tokens
-        return total
+                loss = share.weight * (loss if losses.balance is None else loss + losses.balance / pieces)
+                self.engine.backward(loss if self.scale is None else self.scale.scaled(loss))
+            total += share.weight * losses.nats.sum() / tokens
+            if share.weight:
+                self.meter.add(start, share.samples, losses.nats)
+        return self.ranks.sum(total)
 
     def batch(self, start: int, count: int) -> torch.Tensor:
         """Samples `start` to before `start + count` on the device."""
@@ -343,8 +371,8 @@ class _Run:
     def clip(self) -> torch.Tensor:
         """Clip the gradient; returns its norm before."""
         if self.scale is not None:
-            self.scale.unscale(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.grad_clip)
+            self.scale.unscale(self.engine.optimizer)
+        return self.engine.clip(self.recipe.train.grad_clip)
 
     def stands_out(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Whether a step is to be skipped, where the recipe asks for that. Waits for the device."""
@@ -358,10 +386,12 @@ class _Run:
     def update(self, number: int, skip: bool) -> None:
         """Change the weights by their gradients, unless the step is skipped, and their mean."""
         if self.scale is not None:
-            self.scale.step(self.optimizer, skip=skip)
+            self.scale.step(self.engine.optimizer, skip=skip)
         elif not skip:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.engine.update()
+        if self.recipe.model.ffn == "moe" and self.recipe.model.balance == "bias":
+            rebalance(self.engine.model, self.recipe.model.balance_rate)
+        self.engine.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(number)
 
@@ -378,22 +408,28 @@ class _Run:
         """Write a checkpoint where one is wanted; before the first step there is nothing to keep."""
         if folder is not None and self.samples > 0:
             keep = self.checkpoints.keep if folder == self.checkpoints.latest else 1
-            save_checkpoint(folder, self.model, self.optimizer, self.state(), keep=keep, average=self.average)
+            content = self.engine.content(self.average)
+            self.ranks.tell(partial(write_checkpoint, folder, content, self.state(), keep=keep))
             self.saved = time.perf_counter()
 
     def finish(self) -> None:
         """Judge the trained model, save it, and give it the weights that it is judged by."""
         with self.average.in_place() if self.average is not None else nullcontext():
-            check_causality(self.model)
-            check_floor(self.model)
+            self.check(check_causality, check_floor)
         self.save(self.checkpoints.final)
         if self.average is not None:
             self.average.settle()
 
+    def check(self, *gates: Callable[[EvolmForCausalLM], None]) -> None:
+        """Put the whole model, which the first rank has, through gates."""
+        model = self.engine.whole()
+        for gate in gates:
+            self.ranks.tell(partial(gate, model))  # type: ignore[arg-type]  # called where there is one
+
     def record(self, finished: bool) -> Record:
         """What this call did."""
         return Record(
-            model=self.model,
+            model=self.engine.whole(),
             finished=finished,
             tokens=self.samples * self.horizon.sequence_length,
             trained_tokens=(self.samples - self.first_sample) * self.horizon.sequence_length,

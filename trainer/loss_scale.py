@@ -21,9 +21,9 @@ class LossScale:
     def __init__(self, device: torch.device) -> None:
         self._scaler = torch.amp.GradScaler(device.type)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the scaled gradients of a loss."""
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """A loss whose gradients are to be added, made larger."""
+        return self._scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Give gradients their size back, once for each step."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainer.optim import Optimizer, parts
+from trainer.sharding import kept, placed
 
 Values = dict[str, Any]
 
@@ -21,8 +22,9 @@ STEPS = "steps"
 VALUES = "values"
 
 
-def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], Values]:
-    """The tensors of an optimiser, on the CPU, and what else it knows, as JSON values."""
+def optimizer_state(optimizer: Optimizer, *, keep: bool = True) -> tuple[dict[str, torch.Tensor], Values]:
+    """The tensors of an optimiser, whole and on the CPU, and what else it knows, as JSON values. Tensors that are cut
+    over processes are gathered one by one; those without `keep` only take part in that, and get empty ones."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     transposed: list[str] = []
@@ -36,10 +38,10 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], Valu
                     values[key] = leaf
                 elif leaf.ndim == 2 and not leaf.is_contiguous() and leaf.t().is_contiguous():
                     transposed.append(key)
-                    tensors[key] = leaf.detach().t().cpu()
+                    tensors[key] = kept(leaf.t(), keep)
                 else:
-                    tensors[key] = leaf.detach().contiguous().cpu()
-    return tensors, {key: kept for key, kept in ((VALUES, values), (TRANSPOSED, transposed), (STEPS, steps)) if kept}
+                    tensors[key] = kept(leaf, keep)
+    return tensors, {key: known for key, known in ((VALUES, values), (TRANSPOSED, transposed), (STEPS, steps)) if known}
 
 
 def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, torch.Tensor], others: Values) -> None:
@@ -104,4 +106,6 @@ def _placed(key: str, value: Any, parameter: torch.Tensor, fused: bool) -> Any:
         return [_placed(key, item, parameter, fused) for item in value]
     if not isinstance(value, torch.Tensor):
         return value
+    if value.shape == parameter.shape:
+        return placed(value, parameter)
     return value.to("cpu" if key == "step" and not fused else parameter.device)
