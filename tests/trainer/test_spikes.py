@@ -94,8 +94,8 @@ def spoilt(monkeypatch):
         return found._replace(objective=factor * found.objective, nats=factor * found.nats)
 
     spoilt_steps = {45}
-    monkeypatch.setattr("trainer.loop.build_model", built)
-    monkeypatch.setattr("trainer.loop.training_loss", losses)
+    monkeypatch.setattr("trainer.engines.single.build_model", built)
+    monkeypatch.setattr("trainer.engines.single.training_loss", losses)
 
     def watch(progress):
         path.append((progress, torch.cat([one.detach().flatten() for one in models[-1].parameters()])))
