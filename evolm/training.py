@@ -20,6 +20,7 @@ from search_spaces.quantities import format_count
 from trainer.cost import costs
 from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
+from trainer.extras import missing_extra, unusable_precision
 from trainer.recipe import Recipe
 from trainer.sinks import check_sinks
 
@@ -33,8 +34,8 @@ TEST_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A stage that ended: its folder and record, or the signal that stopped it. `first` is false on all but the first of
-    several ranks, which have nothing to tell."""
+    """A stage that ended: its folder and record, or the signal that stopped it. `first` is false on all but the first
+    of several ranks, which have nothing to tell."""
 
     folder: Path
     record: dict[str, Any] | None
@@ -64,8 +65,8 @@ def train_recipe(
     to the `sinks` of these names.
 
     Goes on where the folder stopped. In a process that is one of several ranks it meets the others, and the first one
-    alone locks the folder, scores and exports; the engine is then ddp when none is named. Raises UsageError, SpaceError,
-    DataError, RankError, and what training raises.
+    alone locks the folder, scores and exports; the engine is then ddp when none is named. Raises UsageError,
+    SpaceError, DataError, RankError, and what training raises.
     """
     import torch
 
@@ -81,6 +82,9 @@ def train_recipe(
     place = Place.of(os.environ)
     if place is None:
         usable_device(device)
+    for words in (missing_extra(recipe.train.optimizer), unusable_precision(recipe.train.precision, device)):
+        if words:
+            raise UsageError(f"{path}: {words}")
     if threads:
         torch.set_num_threads(threads)
     places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]

@@ -24,6 +24,7 @@ from trainer.compiling import compiled_blocks, compiles
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
+from trainer.device import reused_memory
 from trainer.distillation import Teacher
 from trainer.engines import Setup, build_engine
 from trainer.engines.shares import passes
@@ -31,8 +32,8 @@ from trainer.errors import CheckpointError, DataError
 from trainer.extras import unusable_precision
 from trainer.gates import check_causality, check_floor
 from trainer.loss_scale import LossScale
-from trainer.memory import micro_batch, out_of_memory
-from trainer.model import EvolmForCausalLM
+from trainer.memory import micro_batch, out_of_memory, recompute_blocks
+from trainer.model import EvolmForCausalLM, rebalance
 from trainer.objective import dropout_stream
 from trainer.optim import set_learning_rate
 from trainer.recipe import Recipe
@@ -147,10 +148,11 @@ def train(
     )
     if start is not None:
         run.load(start)
-    run.check(check_causality)
-    finished = run.advance(report)
-    if finished:
-        run.finish()
+    with reused_memory():
+        run.check(check_causality)
+        finished = run.advance(report)
+        if finished:
+            run.finish()
     return run.record(finished)
 
 
@@ -178,7 +180,7 @@ class _Run:
         self.spikes = Spikes(recipe.train.skip_spikes) if recipe.train.skip_spikes else None
         self.stability = Stability(recipe.data.tokenizer.vocab_size)
         if recipe.train.gradient_checkpointing:
-            self.engine.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_blocks(self.engine.model)
         self.flops_per_token = {phase.length: self.price(phase.length) for phase in horizon.sequences}
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
@@ -350,7 +352,7 @@ class _Run:
         shares = passes(count, self.micro, self.ranks.rank, self.ranks.world)
         for share in shares:
             start = self.samples + share.offset
-            batch = self.batch(start, share.count)
+            batch = self.batch(start, share.samples)
             with dropout_stream(self.recipe, self.seed, start, self.device):
                 losses = self.engine.forward(batch, last=share is shares[-1], length=length)
                 loss = losses.objective / tokens
@@ -358,7 +360,7 @@ class _Run:
                 self.engine.backward(loss if self.scale is None else self.scale.scaled(loss))
             total += share.weight * losses.nats.sum() / tokens
             if share.weight:
-                self.meter.add(start, share.count, losses.nats)
+                self.meter.add(start, share.samples, losses.nats)
         return self.ranks.sum(total)
 
     def batch(self, start: int, count: int) -> torch.Tensor:
@@ -387,6 +389,8 @@ class _Run:
             self.scale.step(self.engine.optimizer, skip=skip)
         elif not skip:
             self.engine.update()
+        if self.recipe.model.ffn == "moe" and self.recipe.model.balance == "bias":
+            rebalance(self.engine.model, self.recipe.model.balance_rate)
         self.engine.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(number)
@@ -420,7 +424,7 @@ class _Run:
         """Put the whole model, which the first rank has, through gates."""
         model = self.engine.whole()
         for gate in gates:
-            self.ranks.tell(partial(gate, model))
+            self.ranks.tell(partial(gate, model))  # type: ignore[arg-type]  # called where there is one
 
     def record(self, finished: bool) -> Record:
         """What this call did."""

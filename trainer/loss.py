@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
-"""Logits held at a time: what fits a core's cache, or what keeps a GPU busy."""
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
+"""Logits held at a time: what stays in a cache and is still a large product, or what keeps a GPU busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = inputs[start : start + rows]
                 target = targets[start : start + rows, None]
                 logits = (part @ matrix.t()).float()
-                slope = _bend(logits, terms.multiplier, terms.softcap)
-                gradient = _gradient(logits, target, slice(start, start + rows), terms, nats, extra)
-                if slope is not None:
-                    gradient.mul_(slope)
-                if terms.multiplier != 1.0:
-                    gradient.mul_(terms.multiplier)
+                gradient = _bent_gradient(logits, target, slice(start, start + rows), terms, nats, extra)
                 gradient = gradient.to(precision)
                 torch.mm(gradient, matrix, out=to_hidden[start : start + rows])
                 if precision == torch.float32:
@@ -186,6 +181,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (to_hidden * scale).to(ctx.dtypes[0]), (to_weight * scale).to(ctx.dtypes[1]), None, None, None
 
 
+def _bent_gradient(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    rows: slice,
+    terms: _Terms,
+    nats: torch.Tensor,
+    extra: torch.Tensor,
+) -> torch.Tensor:
+    """`_gradient` in what the logits are before they are multiplied and bent."""
+    slope = _bend(logits, terms.multiplier, terms.softcap)
+    gradient = _gradient(logits, target, rows, terms, nats, extra)
+    if slope is not None:
+        gradient.mul_(slope)
+    return gradient if terms.multiplier == 1.0 else gradient.mul_(terms.multiplier)
+
+
 def _gradient(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -194,21 +205,19 @@ def _gradient(
     nats: torch.Tensor,
     extra: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of some rows' loss in their logits, which it takes the place of; writes the cross-entropy of these
-    rows to `nats`, and adds what else they cost to the sum `extra`."""
-    picked = logits.gather(1, target)
+    """The gradient of some rows' loss in their logits; writes the cross-entropy of these rows to `nats`, and adds what
+    else they cost to the sum `extra`."""
+    softmax = torch.softmax(logits, dim=1)
+    # Of the likeliest token, whose probability is never rounded to zero; softmax itself does not tell its sum.
+    log_sum = logits.amax(dim=1, keepdim=True) - softmax.amax(dim=1, keepdim=True).log()
+    nats[rows] = (log_sum - logits.gather(1, target))[:, 0]
     pull = None if terms.lesson is None else _pull(logits, terms.lesson, rows, extra)
-    top = logits.amax(dim=1, keepdim=True)
-    mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-    log_sum = mass.log() + top
-    nats[rows] = (log_sum - picked)[:, 0]
-    softmax = logits.div_(mass)
     kept = 1.0 if terms.lesson is None else 1 - terms.lesson.share
     if terms.z_loss:
         extra += terms.z_loss * log_sum.square().sum()
     if terms.z_loss or terms.lesson is not None:
         softmax.mul_(kept + 2 * terms.z_loss * log_sum)
-    gradient = softmax.scatter_add_(1, target, torch.full_like(top, -kept))
+    gradient = softmax.scatter_add_(1, target, torch.full_like(log_sum, -kept))
     return gradient if pull is None else gradient.add_(pull)
 
 

@@ -64,7 +64,7 @@ def test_one_failed_rank_ends_the_others_and_is_the_one_that_is_told_of():
 
 
 def test_a_killed_rank_is_told_of_and_not_those_that_noticed():
-    with pytest.raises(RankError, match="rank 1 ended with SIGKILL, and the others were ended$"):
+    with pytest.raises(RankError, match=r"rank 1 ended with SIGKILL, and the others were ended$"):
         ranks_of(f"os.kill(os.getpid(), 9) if rank == '1' else (time.sleep(0.1), sys.exit({BYSTANDER}))")
 
 

@@ -39,9 +39,7 @@ def _noticed(outcome):
 
 
 def over_ranks(genome, tell=lambda progress: True, world=2):
-    return run_over_ranks(
-        in_its_place, a_job(genome=genome), tell, world, _noticed
-    )
+    return run_over_ranks(in_its_place, a_job(genome=genome), tell, world, _noticed)
 
 
 def test_the_first_rank_tells_for_all():

@@ -32,12 +32,12 @@ def place(rank, world, port):
 def test_every_sample_is_counted_once_and_every_rank_runs_as_many_passes(count, micro, world):
     shares = [passes(count, micro, rank, world) for rank in range(world)]
     counted = [
-        one.offset + index for share in shares for one in share if one.weight == 1.0 for index in range(one.count)
+        one.offset + index for share in shares for one in share if one.weight == 1.0 for index in range(one.samples)
     ]
     assert counted == list(range(count))
     assert len({len(share) for share in shares}) == 1
-    assert all(1 <= one.count <= micro and one.offset + one.count <= count for share in shares for one in share)
-    sizes = [sum(one.count for one in share if one.weight) for share in shares]
+    assert all(1 <= one.samples <= micro and one.offset + one.samples <= count for share in shares for one in share)
+    sizes = [sum(one.samples for one in share if one.weight) for share in shares]
     assert max(sizes) - min(sizes) <= 1
 
 

@@ -21,7 +21,10 @@ class DDP(Single):
         super().__init__(recipe, seed, device, setup, teacher)
         places = [device] if device.type == "cuda" else None
         self.wrapped = DistributedDataParallel(
-            Objective(self.model, recipe, teacher), device_ids=places, gradient_as_bucket_view=True
+            Objective(self.model, recipe, teacher),
+            device_ids=places,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # each rank counts the experts that its own tokens use
         )
         self._rehearse(recipe, device)
 
@@ -37,7 +40,7 @@ class DDP(Single):
 
     def forward(self, batch: torch.Tensor, *, last: bool, length: int | None = None) -> Losses:
         """See Engine."""
-        self.wrapped.train()
+        self.model.train()
         self.wrapped.require_backward_grad_sync = last
         losses: Losses = self.wrapped(batch, length)
         return losses

@@ -88,7 +88,8 @@ class FSDP(Single):
         if self.ranks.world > 1 and gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+            parts = torch.split_with_sizes(flat, [one.numel() for one in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def whole(self) -> EvolmForCausalLM | None:

@@ -1,7 +1,7 @@
 """The processes that train one model together: who they are, whether they all answer, and what they agree on.
 
-Whoever starts them (torchrun, `evolm train --processes`, Ray) tells each its place in the environment: RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT. What ranks tell each other is tensors and JSON, never pickled objects.
+Whoever starts them (torchrun, `evolm train --processes`, Ray) tells each its place in the environment: RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. What ranks tell each other is tensors and JSON, never pickled objects.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from search_spaces.errors import UsageError
 from trainer.device import usable_device
@@ -69,7 +70,7 @@ class Place:
 class Ranks:
     """The ranks of one training. All of them call every method, in the same order; alone, each returns at once."""
 
-    def __init__(self, rank: int = 0, world: int = 1, store: dist.Store | None = None) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, store: Store | None = None) -> None:
         self.rank, self.world, self._store = rank, world, store
         self._asked = 0
 
@@ -173,12 +174,12 @@ def lost_peer(error: RuntimeError) -> bool:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def _meet(place: Place, seconds: float) -> dist.Store:
+def _meet(place: Place, seconds: float) -> Store:
     """Say that this rank is there and wait for all others. Raises RankError."""
     where = f"{place.address}:{place.port}"
     begun = time.monotonic()
     try:
-        base = dist.TCPStore(
+        base = TCPStore(
             place.address,
             place.port,
             place.world,
@@ -195,7 +196,7 @@ def _meet(place: Place, seconds: float) -> dist.Store:
             "same everywhere, and that no firewall stands between the hosts"
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"evolm/{attempt}", base)
+    store = PrefixStore(f"evolm/{attempt}", base)
     store.set(f"here/{place.rank}", os.uname().nodename)
     while missing := [rank for rank in range(place.world) if not store.check([f"here/{rank}"])]:
         if time.monotonic() - begun > seconds:
@@ -204,7 +205,7 @@ def _meet(place: Place, seconds: float) -> dist.Store:
     return store
 
 
-def _join(place: Place, store: dist.Store, device: str, seconds: float) -> None:
+def _join(place: Place, store: Store, device: str, seconds: float) -> None:
     """Make the process group, and sum a number over all ranks on the device they train on. Raises RankError."""
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
@@ -213,7 +214,7 @@ def _join(place: Place, store: dist.Store, device: str, seconds: float) -> None:
     try:
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=place.rank,
             world_size=place.world,
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
@@ -233,7 +234,7 @@ def _join(place: Place, store: dist.Store, device: str, seconds: float) -> None:
         ) from None
 
 
-def _missing(place: Place, missing: list[int], store: dist.Store, seconds: float) -> str:
+def _missing(place: Place, missing: list[int], store: Store, seconds: float) -> str:
     there = [rank for rank in range(place.world) if rank not in missing]
     known = ", ".join(f"rank {rank} on {store.get(f'here/{rank}').decode()}" for rank in there)
     names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class Pass(NamedTuple):
-    """One forward and backward pass over `count` samples from the `offset`-th of the step on. A pass with weight 0
+    """One forward and backward pass over `samples` samples from the `offset`-th of the step on. A pass with weight 0
     computes a sample that another rank counts: ranks exchange in every pass, so that all must run as many."""
 
     offset: int
-    count: int
+    samples: int
     weight: float
 
 
