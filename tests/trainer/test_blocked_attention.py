@@ -35,9 +35,7 @@ def tensors(batch, heads, kv_heads, length, size, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch, length, count, size) for count in (heads, kv_heads, kv_heads)]
     # As a model has them: heads inside of positions.
-    return [
-        torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_() for shape in shapes
-    ]
+    return [torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_() for shape in shapes]
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
