@@ -16,6 +16,8 @@ EvolmError                      1   root; the number is the exit code of the com
 ├── BadMetrics                  1   a trial told something that is no finite number
 ├── SpaceExhausted              1   every genome of the space has been proposed
 ├── ExecutorError               1   workers that cannot be had
+├── RankError                   1   processes that train together: one did not answer
+│   └── RankLost                1   or has gone
 └── Refused                     1   inside a trial: training that was ended, with a typed reason
     ├── Diverged                    no longer finite, or worse than guessing
     └── Leak                        the model sees what it predicts
@@ -26,7 +28,7 @@ from typing import Any
 from fitness.errors import BadMetrics, LedgerDamaged, RunBusy, StorageError
 from search_spaces.errors import EvolmError, Problem, SpaceError, UsageError
 from search_spaces.evaluation import ExpressionError
-from trainer.errors import CheckpointError, DataError, Diverged, Leak, ParityError, Refused
+from trainer.errors import CheckpointError, DataError, Diverged, Leak, ParityError, RankError, RankLost, Refused
 
 
 class NothingFeasible(EvolmError):
@@ -73,6 +75,8 @@ __all__ = [
     "NothingFeasible",
     "ParityError",
     "Problem",
+    "RankError",
+    "RankLost",
     "Refused",
     "RunBusy",
     "SpaceError",

@@ -36,6 +36,7 @@ from evolm.errors import (
 from evolm.executors.base import Executor, Limits, Runner
 from evolm.executors.command import Command, check_command, run_command
 from evolm.executors.inline import InlineExecutor
+from evolm.needs import refuse_unmet
 from evolm.progress import show
 from evolm.requests import pending
 from evolm.retention import Keep, Retention
@@ -54,6 +55,7 @@ from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import open_tokenizer
 from trainer.recipe import Data
+from trainer.sinks import check_sinks
 
 EXECUTORS = ("ray", "inline")
 
@@ -86,8 +88,10 @@ def start(
     """
     _check_executor(executor)
     file = load_space(path)
+    refuse_unmet(file)
     if file.settings.command is not None:
         check_command(file.settings.command, Path.cwd(), file.document)
+    check_sinks(file.settings.sinks)
     folder = new_or_named(run, file.name)
     _forget_unbegun(folder)
     if folder.exists:
@@ -132,6 +136,7 @@ def resume(
     with folder.locked():
         _forget_requests(folder)
         file = load_space(folder.space)
+        refuse_unmet(file)
         if repair:
             say(str(repair_ledger(folder.ledger)))
         ledger = Ledger.open(folder.ledger, write=True)
@@ -141,6 +146,7 @@ def resume(
             if wanted is not None and wanted != getattr(begun, name):
                 raise UsageError(f"run '{folder.name}' was begun with {name} {getattr(begun, name)}, not {wanted}")
         settings = with_overrides(begun, **overrides)
+        check_sinks(settings.sinks)
         if overrides.get("trials") is not None and settings.trials < len(ledger.trials):
             raise UsageError(f"--trials {settings.trials}: run '{folder.name}' has {len(ledger.trials)} already")
         if settings.trials <= len(ledger.trials) and not ledger.in_state("proposed", "running"):
@@ -310,10 +316,14 @@ def _runner(settings: Settings, ledger: Ledger, cache: Path | None) -> tuple[Run
         documents={name: one["digest"] for name, one in ledger.meta["corpus"]["sources"].items()},
         target=settings.target,
         device="cuda" if settings.gpus > 0 else "cpu",
-        threads=max(1, int(settings.cpus)),
+        threads=max(1, int(settings.cpus / settings.ranks)),
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         keep_last=settings.keep_last,
         keep_final=settings.keep_best > 0,
+        log_bytes=settings.log_bytes,
+        sinks=list(settings.sinks),
+        processes=settings.ranks,
+        engine=settings.engine,
     )
     return run_recipe, context.as_dict()
 

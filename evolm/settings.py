@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
+from search_spaces.errors import nearest
+from trainer.metrics_log import MAX_BYTES
 from trainer.recipe import Section
+from trainer.sinks import sink_names, unknown_sink
 
 Direction = Literal["min", "max"]
+EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
 
 DEFAULT_OBJECTIVES: dict[str, Direction] = {"bits_per_byte": "min", "params": "min"}
 
@@ -66,6 +70,12 @@ class ResourcesSection(Section):
         None, description="memory of all its processes together, such as 8GiB; an equal share of its node when absent"
     )
     max_concurrent: Count | None = Field(None, description="trials side by side; as many as fit when absent")
+    processes: Count | None = Field(
+        None, description="processes that train one trial together; one for each accelerator when absent"
+    )
+    engine: EngineName | None = Field(
+        None, description="how they share a model; single for one process, ddp for several when absent"
+    )
 
     @field_validator("cpus", "gpus")
     @classmethod
@@ -75,6 +85,17 @@ class ResourcesSection(Section):
         if info.field_name == "gpus" and amount > 1 and amount != int(amount):
             raise ValueError(f"must be a whole number above 1, is {amount}")
         return amount
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        processes, several = self.processes, (self.processes or self.gpus) > 1
+        if processes is not None and self.gpus > 0 and processes != max(1, self.gpus):
+            raise ValueError(f"processes = {processes} must be one for each of gpus = {self.gpus:g}")
+        if self.engine == "single" and several:
+            raise ValueError("engine single trains in one process; take ddp, fsdp or deepspeed")
+        if self.engine not in (None, "single") and not several:
+            raise ValueError(f"engine {self.engine} is for several processes: give processes, or gpus above 1")
+        return self
 
 
 class TrialSection(Section):
@@ -103,6 +124,29 @@ class CheckpointsSection(Section):
     )
 
 
+class TelemetrySection(Section):
+    """What is written down while trials train."""
+
+    sinks: list[str] = Field(
+        [],
+        description="where the lines of metrics.jsonl go besides: `tensorboard`, `mlflow`, `wandb` or a plug-in's name",
+    )
+    max_bytes: Annotated[Count, Field(ge=2**16)] = Field(
+        MAX_BYTES, description="of each metrics.jsonl; beyond it every second line is left out"
+    )
+
+    @field_validator("sinks")
+    @classmethod
+    def _known(cls, sinks: list[str]) -> list[str]:
+        if (name := unknown_sink(sinks)) is not None:
+            close = nearest(name, sink_names())
+            advice = f"did you mean '{close}'?" if close else f"there are {', '.join(sink_names())}"
+            raise ValueError(f"unknown sink '{name}'; {advice}")
+        if len(set(sinks)) < len(sinks):
+            raise ValueError("names a sink twice")
+        return sinks
+
+
 class SettingsSchema(Section):
     """Everything in a space file that is neither recipe nor header."""
 
@@ -120,6 +164,7 @@ class SettingsSchema(Section):
     resources: ResourcesSection = ResourcesSection()
     trial: TrialSection = TrialSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
+    telemetry: TelemetrySection = TelemetrySection()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +190,15 @@ class Settings:
     keep_last: int = 1
     keep_best: int = 0
     max_bytes: int | None = None
+    sinks: tuple[str, ...] = ()
+    log_bytes: int = MAX_BYTES
+    processes: int | None = None
+    engine: EngineName | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train one trial together."""
+        return self.processes or max(1, int(self.gpus))
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, the way a run keeps them."""
@@ -152,6 +206,7 @@ class Settings:
         return values | {
             "fidelity": {"tokens": list(self.fidelity.rungs), "eta": self.fidelity.eta},
             "command": None if self.command is None else list(self.command),
+            "sinks": list(self.sinks),
         }
 
     @classmethod
@@ -163,6 +218,7 @@ class Settings:
                 **values,
                 "fidelity": Fidelity(tuple(ladder["tokens"]), ladder["eta"]),
                 "command": None if command is None else tuple(command),
+                "sinks": tuple(values.get("sinks", ())),
             }
         )
 
@@ -181,6 +237,8 @@ class Settings:
             silent_minutes=given.trial.silent_minutes,
             checkpoint_minutes=given.checkpoints.minutes,
             **given.checkpoints.model_dump(exclude={"minutes"}),
+            sinks=tuple(given.telemetry.sinks),
+            log_bytes=given.telemetry.max_bytes,
         )
 
 

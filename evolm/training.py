@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +20,12 @@ from search_spaces.quantities import format_count
 from trainer.cost import costs
 from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
+from trainer.extras import missing_extra, unusable_precision
 from trainer.recipe import Recipe
+from trainer.sinks import check_sinks
 
 if TYPE_CHECKING:
+    from trainer.engines import EngineName, Ranks, ZeroStage
     from trainer.loop import Progress, Record
 
 TEST_BYTES = 2**20
@@ -28,11 +34,13 @@ TEST_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A stage that ended: its folder and record, or the signal that stopped it."""
+    """A stage that ended: its folder and record, or the signal that stopped it. `first` is false on all but the first
+    of several ranks, which have nothing to tell."""
 
     folder: Path
     record: dict[str, Any] | None
     signal: int | None = None
+    first: bool = True
 
 
 def train_recipe(
@@ -48,46 +56,94 @@ def train_recipe(
     target: dict[str, float] | None = None,
     test: bool = False,
     export: bool = True,
+    engine: EngineName | None = None,
+    zero_stage: ZeroStage = 2,
+    offload: bool = False,
+    sinks: Sequence[str] = (),
 ) -> Trained:
-    """Train the recipe in a file, score it on validation (and, with `test`, test) text, export it.
+    """Train the recipe in a file, score it on validation (and, with `test`, test) text, export it. Its numbers also go
+    to the `sinks` of these names.
 
-    Goes on where the folder stopped. Raises UsageError, SpaceError, DataError, and what training raises.
+    Goes on where the folder stopped. In a process that is one of several ranks it meets the others, and the first one
+    alone locks the folder, scores and exports; the engine is then ddp when none is named. Raises UsageError,
+    SpaceError, DataError, RankError, and what training raises.
     """
     import torch
 
     from trainer.device import usable_device
+    from trainer.engines import Place, Setup, open_ranks
     from trainer.stages.pretrain import Stage, pretrain
 
+    check_sinks(sinks)
     name, recipe = load_recipe(path)
     length = tokens or recipe.train.tokens
     if length is None:
         raise UsageError(f"{path}: needs `train.tokens`, or give --tokens")
-    usable_device(device)
+    place = Place.of(os.environ)
+    if place is None:
+        usable_device(device)
+    for words in (missing_extra(recipe.train.optimizer), unusable_precision(recipe.train.precision, device)):
+        if words:
+            raise UsageError(f"{path}: {words}")
     if threads:
         torch.set_num_threads(threads)
     places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]
     chosen = recipe.train.seed if seed is None else seed
     show = _Line(name)
-    with RunFolder(folder).locked():
-        corpus = Corpus.open(recipe.data, cache or default_cache(), places)
-        with on_signals(show.hear):
-            record = pretrain(recipe, corpus, folder, tokens=length, seed=chosen, device=device, report=show)
-        if record is not None and not record.finished:
-            return Trained(folder=folder, record=None, signal=show.received)
-        stage = Stage(folder)
-        if record is not None and stage.record() is None:
-            about = {"name": name, "tokens": record.tokens, "seed": chosen}
-            values = about | _judged(record, recipe, corpus, target, test)
-            if export:
-                values["export"] = export_stage(stage, recipe, corpus, folder / "export" / "hf", values)
-            stage.finish(values)
+    with open_ranks(device, place=place) as (ranks, here):
+        setup = Setup(
+            engine=engine or ("ddp" if ranks.together else "single"),
+            ranks=ranks,
+            zero_stage=zero_stage,
+            offload=offload,
+        )
+        show.silent = not ranks.first
+        with RunFolder(folder).locked() if ranks.first else nullcontext():
+            corpus = _opened(ranks, recipe, cache or default_cache(), places)
+            with on_signals(show.hear):
+                record = pretrain(
+                    recipe,
+                    corpus,
+                    folder,
+                    tokens=length,
+                    seed=chosen,
+                    device=here,
+                    report=show,
+                    roots=places,
+                    setup=setup,
+                    sinks=sinks,
+                    warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+                )
+            if record is not None and not record.finished:
+                return Trained(folder=folder, record=None, signal=show.received, first=ranks.first)
+            if not ranks.first:
+                return Trained(folder=folder, record={}, first=False)
+            stage = Stage(folder)
+            if record is not None and stage.record() is None:
+                about = {"name": name, "tokens": record.tokens, "seed": chosen}
+                values = about | _judged(record, recipe, corpus, target, test)
+                if export:
+                    values["export"] = export_stage(stage, recipe, corpus, folder / "export" / "hf", values)
+                stage.finish(values)
     return Trained(folder=folder, record=stage.record())
+
+
+def _opened(ranks: Ranks, recipe: Recipe, cache: Path, roots: list[Path]) -> Corpus:
+    """The corpus; of several ranks the first one prepares it, and the others find it ready."""
+    mine: list[Corpus] = []
+
+    def prepare() -> None:
+        mine.append(Corpus.open(recipe.data, cache, roots))
+
+    ranks.tell(prepare)
+    return mine[0] if mine else Corpus.open(recipe.data, cache, roots)
 
 
 def _judged(
     record: Record, recipe: Recipe, corpus: Corpus, target: dict[str, float] | None, test: bool
 ) -> dict[str, Any]:
     """What a finished training cost and what its model scores."""
+    assert record.model is not None  # the first rank's
     scores = {split: _scores(record.model, recipe, corpus, split, target) for split in ("validation", *["test"] * test)}
     return {
         "flops": record.total_flops,
@@ -125,6 +181,7 @@ class _Line:
         self.name = name
         self.received: int | None = None
         self._terminal = sys.stderr.isatty()
+        self.silent = False
         self._next = 0.0
         self._shown = 0.0
 
@@ -136,7 +193,7 @@ class _Line:
         now = time.monotonic()
         last = progress.tokens >= progress.total_tokens
         due = now - self._shown > 0.5 if self._terminal else progress.tokens >= self._next
-        if due or last:
+        if (due or last) and not self.silent:
             self._shown = now
             self._next = progress.tokens + 0.1 * progress.total_tokens
             text = (

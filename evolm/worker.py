@@ -6,30 +6,37 @@ This is the trial boundary: whatever goes wrong inside becomes an outcome with a
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolm.errors import CheckpointError, DataError, EvolmError, Refused
+from evolm.errors import CheckpointError, DataError, EvolmError, RankError, RankLost, Refused
 from evolm.executors.base import Job, Outcome, Tell, TrialProgress
 from evolm.executors.fence import Held, fenced, storage_words
+from evolm.executors.ranked import run_over_ranks
 from evolm.run_folder import final_checkpoint, latest_checkpoint, rung_checkpoint, saves
 from fitness.loss import loss_metrics, score_domains
 from fitness.trial import Reason
-from trainer.cost import costs
 from trainer.data.corpus import Corpus
-from trainer.metrics_log import MetricsLog
+from trainer.metrics_log import MAX_BYTES, MetricsLog
 from trainer.recipe import Data, Recipe
+from trainer.sinks import RunInfo, Sinks
 
 if TYPE_CHECKING:  # torch is imported when a trial runs: the process that only decides does without
+    from trainer.engines import EngineName, Ranks
     from trainer.loop import Progress, Record
+    from trainer.telemetry import Telemetry
 
-METRICS_EVERY = 0.02
-"""Share of a run's tokens between lines of metrics.jsonl."""
+    Meet = Callable[[], AbstractContextManager[tuple[Ranks | None, str]]]
+
+NOTICED, ENDED = "another rank of this trial has gone", "ended before it could save"
+"""What ranks tell that are not why their trial came to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,9 @@ class Context:
     """What all trials of a run share.
 
     `documents` pins the sources: their digests when the run began. A running trial saves every `checkpoint_seconds`
-    and keeps its last `keep_last` saves; `keep_final` has trials of the top rung save their final weights.
+    and keeps its last `keep_last` saves; `keep_final` has trials of the top rung save their final weights. A trial is
+    trained by so many `processes` together, under an `engine`. `log_bytes` bounds each metrics.jsonl, and `sinks` says
+    where its lines go besides.
     """
 
     cache: str
@@ -49,6 +58,10 @@ class Context:
     checkpoint_seconds: float = 300.0
     keep_last: int = 1
     keep_final: bool = False
+    log_bytes: int = MAX_BYTES
+    sinks: list[str] = field(default_factory=list)
+    processes: int = 1
+    engine: EngineName | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -56,17 +69,46 @@ class Context:
 
 
 def run_recipe(job: Job, tell: Tell) -> Outcome:
-    """Train and score a job's genome up to its rung. Never raises."""
+    """Train and score a job's genome up to its rung, over several processes where there are to be. Never raises."""
+    context = Context(**job.context)
+    if context.processes > 1:
+        return run_over_ranks(run_rank, job, tell, context.processes, _noticed)
+    return _run(job, tell, context, lambda: nullcontext((None, context.device)))
+
+
+def run_rank(job: Job, tell: Tell) -> Outcome:
+    """`run_recipe` in one of the processes that train a trial together. The first one's outcome counts."""
+    from trainer.engines import open_ranks
+
+    context = Context(**job.context)
+    return _run(job, tell, context, lambda: open_ranks(context.device))
+
+
+def _noticed(outcome: Outcome) -> bool:
+    """Whether an outcome is that of a rank that another one left."""
+    return outcome.message.startswith((NOTICED, ENDED))
+
+
+def _run(job: Job, tell: Tell, context: Context, meet: Meet) -> Outcome:
     started = time.perf_counter()
     spent = _Spent()
     try:
-        with fenced(Path(job.folder)):
-            return _train_and_score(job, tell, Context(**job.context), spent)
+        with meet() as (ranks, device), _held(job, ranks):
+            return _train_and_score(job, tell, replace(context, device=device), spent, ranks)
+    except RankLost as error:
+        outcome = job.failed("lost", f"{NOTICED}: {error}")
+    except RankError as error:
+        outcome = job.failed("lost", str(error))
     except Held as error:
         outcome = job.failed("lost", str(error))
     except Exception as error:  # the one broad except of evolm: no trial's failure may end the search
         outcome = _failed(job, error)
     return replace(outcome, flops=spent.flops, seconds=time.perf_counter() - started)
+
+
+def _held(job: Job, ranks: Ranks | None) -> AbstractContextManager[None]:
+    """The trial's folder, which the first rank holds for all."""
+    return fenced(Path(job.folder)) if ranks is None or ranks.first else nullcontext()
 
 
 @dataclass
@@ -76,42 +118,59 @@ class _Spent:
     flops: float = 0.0
 
 
-def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent) -> Outcome:
+def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent, ranks: Ranks | None) -> Outcome:
     import torch
 
+    from trainer.engines import ALONE
     from trainer.evaluate import TokenScorer
+    from trainer.telemetry import Telemetry
+
+    ranks = ranks or ALONE
 
     torch.set_num_threads(context.threads)
     recipe = Recipe.model_validate(job.genome)
     preparing = _Preparing(job, tell)
-    corpus = _corpus(recipe.model_dump_json(include={"data"}), context.cache, tuple(context.roots), preparing)
+    data = recipe.model_dump_json(include={"data"})
+    opened = partial(_corpus, data, context.cache, tuple(context.roots), preparing)
+    ranks.tell(lambda: opened().digest)  # the first rank prepares it, the others find it ready
+    corpus = opened()
     _refuse_changed(corpus, context)
-    with MetricsLog(Path(job.folder) / "metrics.jsonl") as log:
-        record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, log, spent))
+    first = ranks.first
+    with (
+        MetricsLog(Path(job.folder) / "metrics.jsonl" if first else Path(os.devnull), context.log_bytes) as log,
+        Sinks(context.sinks if first else (), _run_info(job, recipe), _Warn(job)) as sinks,
+    ):
+        telemetry = Telemetry(recipe, context.device, log, sinks, devices=ranks.world)
+        record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, telemetry, spent), ranks)
         if not record.finished:
             return job.failed("interrupted", "stopped and saved", flops=record.flops, seconds=record.seconds)
+        if record.model is None:
+            return job.told({})  # the first rank tells
         scoring = time.perf_counter()
         losses = score_domains(TokenScorer(record.model, recipe), corpus.held_out("validation"))
         metrics = loss_metrics(losses, context.target)
         metrics |= {
             "train_loss": record.train_loss,
-            "tokens_per_second": record.flops / costs(recipe).flops_per_token / max(record.seconds, 1e-9),
+            "tokens_per_second": record.trained_tokens / max(record.seconds, 1e-9),
             "seconds": record.total_seconds,
             **{f"tokens/{name}": float(count) for name, count in record.tokens_by_source.items()},
             **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
         }
-        log.write({"rung": job.rung, "tokens": record.tokens, **metrics})
+        telemetry.scores({"rung": job.rung, "tokens": record.tokens, **metrics})
     seconds = record.seconds + time.perf_counter() - scoring
     return job.told(metrics, flops=record.flops, seconds=seconds, message=note)
 
 
-def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter: _Reporter) -> tuple[Record, str]:
+def _train(
+    job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter: _Reporter, ranks: Ranks
+) -> tuple[Record, str]:
     """Train from the newest checkpoint that can be used; says which ones could not."""
     from trainer.checkpoint import settle
+    from trainer.engines import Setup
     from trainer.loop import Checkpoints, train
 
-    settle(latest_checkpoint(job.folder))
-
+    ranks.tell(lambda: settle(latest_checkpoint(job.folder)))
+    setup = Setup(engine=context.engine or ("ddp" if ranks.together else "single"), ranks=ranks)
     checkpoints = Checkpoints(
         latest=latest_checkpoint(job.folder),
         trunk=None if job.top else rung_checkpoint(job.folder, job.rung),
@@ -133,6 +192,8 @@ def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter:
                 start=start,
                 checkpoints=checkpoints,
                 device=context.device,
+                roots=[Path(root) for root in context.roots],
+                setup=setup,
             )
             return record, "; ".join(notes)
         except CheckpointError as error:
@@ -145,15 +206,12 @@ def _train(job: Job, context: Context, recipe: Recipe, corpus: Corpus, reporter:
 class _Reporter:
     """Passes the progress of training on: to the executor every step, to metrics.jsonl now and then."""
 
-    def __init__(self, job: Job, tell: Tell, log: MetricsLog, spent: _Spent) -> None:
-        self.job, self.tell, self.log, self.spent = job, tell, log, spent
-        self.next_line = 0.0
+    def __init__(self, job: Job, tell: Tell, telemetry: Telemetry, spent: _Spent) -> None:
+        self.job, self.tell, self.telemetry, self.spent = job, tell, telemetry, spent
 
     def __call__(self, progress: Progress) -> bool:
         self.spent.flops = progress.flops
-        if progress.tokens >= self.next_line:
-            self.log.write(asdict(progress))
-            self.next_line = progress.tokens + METRICS_EVERY * progress.total_tokens
+        self.telemetry(progress)
         return self.tell(
             TrialProgress(
                 trial=self.job.trial,
@@ -164,6 +222,25 @@ class _Reporter:
                 flops=progress.flops,
             )
         )
+
+
+def _run_info(job: Job, recipe: Recipe) -> RunInfo:
+    """What sinks are told of a trial."""
+    folder = Path(job.folder)
+    home = folder.parent.parent  # runs/NAME/trials/ID
+    name = f"trial-{job.trial}-rung-{job.rung}"
+    return RunInfo(folder=folder, home=home, group=home.name, name=name, recipe=recipe.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class _Warn:
+    """Notes in the trial's folder what is wrong with a sink, which is no matter of the trial's."""
+
+    job: Job
+
+    def __call__(self, text: str) -> None:
+        with suppress(OSError), (Path(self.job.folder) / "sinks.log").open("a") as log:
+            log.write(text + "\n")
 
 
 @lru_cache(maxsize=64)

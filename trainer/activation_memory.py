@@ -42,8 +42,8 @@ def _writes_scores_out(recipe: Recipe) -> bool:
 
 
 def _norm(model: Model) -> int:
-    """A norm but for its output: in fp32 the input, and of RMSNorm what it is divided down to; its statistics."""
-    return 4 * model.d_model + 8 if model.norm == "layernorm" else 8 * model.d_model + 4
+    """A norm but for its output, in fp32: the input, of RMSNorm what it is divided down to; and its statistics."""
+    return 4 * model.d_model + (8 if model.norm == "layernorm" else 4)
 
 
 def _block(layer: Layer, recipe: Recipe, size: int) -> float:
@@ -62,7 +62,7 @@ def _attention(layer: Layer, recipe: Recipe, size: int) -> float:
     model, length = recipe.model, recipe.data.sequence_length
     query, key = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
     normed = {False: 0, True: layer.n_heads + layer.n_kv_heads, "head": layer.n_heads + layer.n_kv_heads, "full": 2}
-    norms = (8 * (query + key) if model.qk_norm else 0) + 4 * normed[model.qk_norm]  # the output is the query
+    norms = (4 * (query + key) if model.qk_norm else 0) + 4 * normed[model.qk_norm]  # the output is the query
     if _writes_scores_out(recipe):
         # Query, key, value and output, each of all heads; weights in fp32 and as they are used, bent scores.
         scores = 4 + (size if size != 4 else 0) + (size if model.attention_softcap else 0)
@@ -70,7 +70,8 @@ def _attention(layer: Layer, recipe: Recipe, size: int) -> float:
         return 4 * query * size + scores * layer.n_heads * length + norms
     if layer.attention == "sliding" or layer.positions == "alibi":
         key = query  # with a mask, each query head gets its own copy
-    outputs = 2 if layer.positions == "rope" else 1  # what was turned is laid out anew, and so is its output
+    pieced = layer.positions == "rope" and model.rope_fraction != 1.0
+    outputs = 2 if pieced else 1  # heads that are put together again are laid out anew, and so is their output
     return ((1 + outputs) * query + 2 * key) * size + 4 * layer.n_heads + norms  # the last: log-sums of scores
 
 

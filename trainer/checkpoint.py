@@ -1,7 +1,9 @@
 """Checkpoints: safetensors and JSON, whole or absent, and refused when they are not what they claim.
 
-A checkpoint is a folder with `model.safetensors`, `optimizer.safetensors` and `checkpoint.json`, which carries the
-state of the run and the SHA-256 of the other two. It is written under a temporary name and appears by a rename.
+A checkpoint is a folder with `model.safetensors`, the weights that are judged, `optimizer.safetensors` and
+`checkpoint.json`, which carries the state of the run, what of the optimiser's is no tensor, and the SHA-256 of the
+others. Where the weights that are judged are a mean, `raw.safetensors` has those that training goes on from. It is
+written under a temporary name and appears by a rename.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +26,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from trainer.averaging import Average
 from trainer.data.cache import digest_of
 from trainer.errors import CheckpointError
+from trainer.optim import Optimizer
+from trainer.optimizer_state import Values, load_optimizer_state, optimizer_state
+from trainer.sharding import kept, placed
 
 MANIFEST = "checkpoint.json"
-TENSORS = ("model.safetensors", "optimizer.safetensors")
+MODEL, OPTIMIZER, RAW = "model.safetensors", "optimizer.safetensors", "raw.safetensors"
+TENSORS = (MODEL, OPTIMIZER)
 
 
 class RunState(BaseModel):
@@ -44,11 +53,47 @@ class RunState(BaseModel):
     seconds: float
     flops: float
     losses: list[float] = []  # of the last steps, for the loss of the record and the patience with a bad run
+    teacher: str | None = None  # digest of its weights
+    micro_batch: int | None = None  # samples of a forward pass
+    oom_backoffs: int = 0
+    spikes: dict[str, Any] | None = None  # the steps that others are compared with
+    scaler: dict[str, Any] | None = None  # the scale of the loss in fp16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a checkpoint holds beside the state of the run: whole tensors on the CPU by file and name, and what of the
+    optimiser's is no tensor."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    optimizer: Values
+
+
+def content_of(model: nn.Module, optimizer: Optimizer, average: Average | None = None, *, keep: bool = True) -> Content:
+    """The content of a checkpoint. Of a model that is cut over processes every tensor is gathered in turn; those
+    without `keep` only take part in that, and get empty ones."""
+    moments, others = optimizer_state(optimizer, keep=keep)
+    weights = _weights(_tensors(model), keep)
+    tensors = {MODEL: weights, OPTIMIZER: moments}
+    if average is not None:
+        tensors |= {MODEL: weights | _weights(average.state(), keep), RAW: weights}
+    return Content(tensors=tensors, optimizer=others)
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState, *, keep: int = 1
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: RunState,
+    *,
+    keep: int = 1,
+    average: Average | None = None,
 ) -> None:
+    """Write a checkpoint of what one process holds."""
+    write_checkpoint(folder, content_of(model, optimizer, average), state, keep=keep)
+
+
+def write_checkpoint(folder: Path, content: Content, state: RunState, *, keep: int = 1) -> None:
     """Write a checkpoint; one that is already there under this name is replaced once the new one is complete, or, when
     more than one is to be kept, moves on to `NAME-1`, that one to `NAME-2`, and so on."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,16 +101,16 @@ def save_checkpoint(
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        tensors = dict(zip(TENSORS, (_weights(model), _moments(model, optimizer)), strict=True))
-        for name, content in tensors.items():
-            _save(content, temporary / name)
+        for name, tensors in content.tensors.items():
+            _save(tensors, temporary / name)
         manifest: dict[str, Any] = {
             "state": state.model_dump(),
-            "files": {name: _sha256(temporary / name) for name in tensors},
+            "optimizer": content.optimizer,
+            "files": {name: _sha256(temporary / name) for name in content.tensors},
         }
         manifest["checksum"] = digest_of(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for name in (*tensors, MANIFEST):
+        for name in (*content.tensors, MANIFEST):
             _sync(temporary / name)
         old = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
         if folder.exists():
@@ -95,7 +140,7 @@ def read_state(folder: Path) -> RunState:
         if manifest.pop("checksum") != digest_of(manifest):
             raise CheckpointError(f"{folder / MANIFEST}: content differs from its checksum")
         state = RunState.model_validate(manifest["state"])
-        if set(manifest["files"]) != set(TENSORS):
+        if set(manifest["files"]) - {RAW} != set(TENSORS):
             raise CheckpointError(f"{folder / MANIFEST}: names other files than {' and '.join(TENSORS)}")
         for name, digest in manifest["files"].items():
             if _sha256(folder / name) != digest:
@@ -105,33 +150,42 @@ def read_state(folder: Path) -> RunState:
     return state
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-    """Fill model and optimiser from a verified checkpoint. Raises CheckpointError."""
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None) -> RunState:
+    """Fill model, optimiser and mean from a verified checkpoint, to go on with training. Raises CheckpointError."""
     state = read_state(folder)
-    parameters = dict(model.named_parameters())
     try:
-        weights = load_file(folder / "model.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, tensor in _tensors(model).items():
-                tensor.copy_(weights[name])
-        for name, parameter in parameters.items():
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu") for key in keys
-            }
-    except (KeyError, RuntimeError, SafetensorError) as error:
+        _fill(model, load_file(folder / (MODEL if average is None else RAW)))
+        if average is not None:
+            average.load(load_file(folder / MODEL))
+        load_optimizer_state(optimizer, load_file(folder / OPTIMIZER), _values(folder))
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
-    _place_steps(optimizer)
     return state
 
 
-def _place_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Fused optimisers keep their step counter on the device of the parameter."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if group.get("fused"):
-                optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
+def read_content(folder: Path) -> Content:
+    """What a verified checkpoint holds. Raises CheckpointError."""
+    read_state(folder)
+    try:
+        tensors = {name: load_file(folder / name) for name in (MODEL, OPTIMIZER, RAW) if (folder / name).exists()}
+        return Content(tensors=tensors, optimizer=_values(folder))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from None
+
+
+def _values(folder: Path) -> Values:
+    values: Values = json.loads((folder / MANIFEST).read_text()).get("optimizer", {})
+    return values
+
+
+def load_weights(folder: Path, model: nn.Module) -> RunState:
+    """Fill a model with the weights of a verified checkpoint that are judged. Raises CheckpointError."""
+    state = read_state(folder)
+    try:
+        _fill(model, load_file(folder / MODEL))
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
+    return state
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -141,16 +195,14 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in _tensors(model).items()}
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(placed(weights[name], tensor))
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value.detach().contiguous().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+def _weights(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    return {name: kept(tensor, keep) for name, tensor in tensors.items()}
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:

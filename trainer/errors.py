@@ -33,6 +33,14 @@ class Leak(Refused):
     reason = "leak"
 
 
+class RankError(EvolmError):
+    """Processes that train together and did not all answer, or one of which has gone."""
+
+
+class RankLost(RankError):
+    """What the other ranks see of one that has gone: why it did is its own to say."""
+
+
 class ParityError(EvolmError):
     """An exported model that does not compute what the trained one does."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,6 +14,9 @@ from evolm.cli.searching import Cache, Run, seed_option
 
 if TYPE_CHECKING:
     from evolm.promote import Promotion
+    from trainer.engines import EngineName, ZeroStage
+
+ENGINES = ("single", "ddp", "fsdp", "deepspeed")
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -31,8 +35,17 @@ def _tokens(text: str | None) -> int | None:
 
 Tokens = Annotated[str | None, typer.Option(help="Training tokens, such as 2M.", metavar="N")]
 PromotedTokens = Annotated[
-    str | None, typer.Option(help="Training tokens, such as 2M; 4 times the last rung when absent.", metavar="N")
+    str | None,
+    typer.Option(
+        help="Training tokens, such as 2M; when absent 4 times the last rung, or for a larger model as many for each "
+        "parameter as there.",
+        metavar="N",
+    ),
 ]
+
+
+def _larger(what: str) -> Any:
+    return typer.Option(min=1, metavar="K", help=f"Make the model K times as {what}; what was tuned is carried over.")
 
 
 def _weights(text: str | None, domains: Iterable[str]) -> dict[str, float] | None:
@@ -62,6 +75,8 @@ def promote(
     run: Run,
     trial: Annotated[str, typer.Argument(help="A trial's number, best or knee.", metavar="TRIAL")],
     tokens: PromotedTokens = None,
+    width: Annotated[int | None, _larger("wide")] = None,
+    depth: Annotated[int | None, _larger("deep")] = None,
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", help="Export even when the baseline is no worse.")] = False,
 ) -> None:
@@ -72,6 +87,8 @@ def promote(
       evolm promote demo-1 best --tokens 2M
 
       evolm promote runs/demo-1 17
+
+      evolm promote demo-1 best --width 2 --depth 2
     """
     from evolm.errors import GateError
     from evolm.promote import promote as promote_trial
@@ -82,7 +99,14 @@ def promote(
     found = loaded.trial(trial)
     try:
         done = promote_trial(
-            loaded, found, tokens=length, cache=cache, force=force, say=lambda text: typer.echo(text, err=True)
+            loaded,
+            found,
+            tokens=length,
+            width=width,
+            depth=depth,
+            cache=cache,
+            force=force,
+            say=lambda text: typer.echo(text, err=True),
         )
     except GateError as refused:
         _print_comparison(refused.result)
@@ -127,6 +151,20 @@ def train(
         list[str] | None, typer.Option(help="Folders from which relative data paths are looked up.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="Weights of the domains, as JSON.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="single, ddp, fsdp or deepspeed; single for one process, ddp for several when absent."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train together on this machine, one for each GPU.")
+    ] = None,
+    zero_stage: Annotated[int, typer.Option(min=1, max=3, help="What deepspeed cuts over the processes.")] = 2,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Optimiser state in the CPU's memory (deepspeed).")
+    ] = False,
+    sink: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, mlflow, wandb or a plug-in: where its numbers go besides.")
+    ] = None,
 ) -> None:
     """Train one recipe to the end; run it again to go on after an interruption.
 
@@ -135,34 +173,67 @@ def train(
       evolm train recipe.yaml --tokens 2M
 
       evolm train recipe.yaml --tokens 1B --device cuda --out models/first
+
+      evolm train recipe.yaml --tokens 1B --device cuda --engine fsdp --processes 8
+
+      torchrun --nproc_per_node 8 -m evolm train recipe.yaml --tokens 1B --device cuda --engine fsdp
     """
     from evolm.config import load_recipe
+    from evolm.errors import RankLost
+    from evolm.ranks import BYSTANDER, LAUNCHER, end_with_launcher, run_ranks, this_command
     from evolm.run_folder import RUNS
     from evolm.training import train_recipe
 
+    _check_engine(engine, processes, zero_stage, offload)
+    if processes is not None and "RANK" not in os.environ:
+        raise typer.Exit(run_ranks(this_command(), processes))
+    end_with_launcher()
     name, read = load_recipe(recipe)
     folder = out or RUNS / name
-    done = train_recipe(
-        recipe,
-        folder,
-        tokens=_tokens(tokens),
-        seed=seed,
-        device=device,
-        threads=threads,
-        cache=cache,
-        roots=root,
-        target=_weights(target, read.data.sources),
-        test=test,
-        export=export,
-    )
+    try:
+        done = train_recipe(
+            recipe,
+            folder,
+            tokens=_tokens(tokens),
+            seed=seed,
+            device=device,
+            threads=threads,
+            cache=cache,
+            roots=root,
+            target=_weights(target, read.data.sources),
+            test=test,
+            export=export,
+            engine=cast("EngineName | None", engine),
+            zero_stage=cast("ZeroStage", zero_stage),
+            offload=offload,
+            sinks=list(dict.fromkeys(sink or [])),
+        )
+    except RankLost:
+        if LAUNCHER in os.environ:
+            raise typer.Exit(BYSTANDER) from None
+        raise
     if done.record is None:
-        typer.echo("interrupted, everything is saved; the same command goes on", err=True)
+        if done.first:
+            typer.echo("interrupted, everything is saved; the same command goes on", err=True)
         raise typer.Exit(128 + (done.signal or 2))
     for split in ("validation", "test"):
         if split in done.record:
             typer.echo(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in done.record[split].items()))
     if "export" in done.record:
         typer.echo(f"exported as {done.record['export']['class']}: {done.record['export']['folder']}")
+
+
+def _check_engine(engine: str | None, processes: int | None, zero_stage: int, offload: bool) -> None:
+    """Raises UsageError for flags that do not go together, before any process is started."""
+    from evolm.errors import UsageError
+
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, is '{engine}'")
+    if engine == "single" and processes is not None and processes > 1:
+        raise UsageError(f"--engine single trains in one process, not {processes}; take ddp, fsdp or deepspeed")
+    for flag, given in (("--zero-stage", zero_stage != 2), ("--offload", offload)):
+        if given and engine != "deepspeed":
+            raise UsageError(f"{flag} is for --engine deepspeed")
 
 
 def generate(

@@ -23,7 +23,11 @@ def register(app: typer.Typer) -> None:
 
 def init(
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="FILE")] = Path("space.yaml"),
-    template: Annotated[str, typer.Option(help="demo, cpu, cluster, mix or command.")] = "demo",
+    template: Annotated[str | None, typer.Option(help="demo, cpu, cluster, mix or command; demo when absent.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="In place of a template, a search around a model of known size: micro, small, ..."),
+    ] = None,
 ) -> None:
     """Write a commented space file to start from.
 
@@ -32,10 +36,14 @@ def init(
       evolm init
 
       evolm init my_space.yaml --template mix
-    """
-    from evolm.templates import write_template
 
-    written = write_template(template, out)
+      evolm init my_space.yaml --preset small
+    """
+    from evolm.templates import write_preset, write_template
+
+    if template is not None and preset is not None:
+        raise typer.BadParameter("--template and --preset are two places to start from: give one of them")
+    written = write_template(template or "demo", out) if preset is None else write_preset(preset, out)
     typer.echo(f"{' and '.join(map(str, written))}: change what is yours, then: evolm validate {out}")
 
 
@@ -58,14 +66,22 @@ def validate(
     import numpy as np
 
     from evolm.config import load_space
+    from evolm.needs import refuse_unmet, retrained
     from search_spaces.feasibility import examine
 
     file = load_space(space)
+    refuse_unmet(file)
     found = examine(file.space, np.random.default_rng(seed), draws)
     if as_json:
         typer.echo(json.dumps(_as_json(file.name, file.space, found), indent=2, ensure_ascii=False, allow_nan=False))
         return
     _print(file.name, file.space, found)
+    if names := retrained(file):
+        rungs = len(file.settings.fidelity.rungs)
+        typer.echo(
+            f"\nnote: train.schedule {' and '.join(names)} cannot go on to a longer training: each of the {rungs} "
+            "rungs trains anew; wsd goes on from one to the next"
+        )
 
 
 def schema(

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -65,9 +65,17 @@ def name_of(runner: Runner) -> str:
 class Cell:
     """The handle of a cell. One thread calls `run`; any thread may call the others meanwhile."""
 
-    def __init__(self, runner: str, sys_path: list[str] | None = None, *, keeps_limits: bool = False) -> None:
+    def __init__(
+        self,
+        runner: str,
+        sys_path: list[str] | None = None,
+        *,
+        keeps_limits: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         """`keeps_limits` says that the runner itself ends what passes them: the cell is then ended only if it does
-        not."""
+        not. `env` is added to its environment."""
+        self._env = dict(env or {})
         self._runner, self._path = runner, sys.path if sys_path is None else sys_path
         self._keeps_limits = keeps_limits
         self._stop: int | None = None  # the lease that is to be saved and ended
@@ -79,7 +87,7 @@ class Cell:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "evolm.executors.cell", str(theirs.fileno()), self._runner]
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, self._path))}
+            env = {**os.environ, **self._env, "PYTHONPATH": os.pathsep.join(filter(None, self._path))}
             self._family = Family(command, mark=MARK, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._socket, self._lines = ours, _Lines(ours)
         self._used = False

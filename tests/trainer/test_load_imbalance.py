@@ -136,7 +136,7 @@ def test_the_size_of_micro_batches_changes_nothing(recipe_of, corpus, sequences,
 def test_the_gradient_is_that_of_both_losses(recipe_of, corpus):
     recipe = recipe_of(model={**MOE, "balance_loss": 0.25})
     model, batch = build_model(recipe, 0), torch.from_numpy(corpus.loader(0).batch(0, 3))
-    nats, balance = training_loss(model, recipe, batch)
+    nats, balance, _ = training_loss(model, recipe, batch)
     output = model(batch[:, :-1])
     logits = model.model(batch[:, :-1], output_router_logits=True).router_logits
     expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")

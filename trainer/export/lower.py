@@ -1,19 +1,19 @@
 """Lowering: a genome that says no more than a stock class can say is exported as that class.
 
 Stock classes need no code of ours and are the ones that serving engines know best. Weight names are shared with the
-Llama family, so lowering mostly copies. Multipliers are folded into weights, and biases that a class has and the model
-has not are zero.
+Llama family, so lowering mostly copies. Multipliers are taken up by weights (`folded`), and biases that a class has and
+the model has not are zero.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from transformers import MixtralForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
+from trainer.export.fold import folded
 from trainer.export.stock import CLASSES, Stock, demands
 from trainer.model import EvolmConfig, EvolmForCausalLM
 
@@ -64,9 +64,9 @@ def lower(model: EvolmForCausalLM) -> PreTrainedModel:
         return _of_our_own(model)
     with torch.random.fork_rng(devices=[]):
         lowered = stock.model._from_config(stock.config(model.config), dtype=torch.float32)
-    weights = _folded(model, (model.config.hidden_size**-0.5 if stock.shifted else 1.0))
+    _, weights = folded(model)
     if stock.shifted:
-        weights = {name: tensor - 1 if "norm" in name else tensor for name, tensor in weights.items()}
+        weights = _shifted(weights, model.config)
     for ours, theirs in stock.renamed:
         weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
     for name, tensor in lowered.state_dict().items():
@@ -81,34 +81,24 @@ def _of_our_own(model: EvolmForCausalLM) -> EvolmForCausalLM:
     is a softcap too."""
     if model.config.logit_scale == 1.0 or not model.config.final_logit_softcapping:
         return model
-    config = copy.deepcopy(model.config)
-    config.logit_scale = config.embedding_multiplier = config.residual_multiplier = 1.0
+    config, weights = folded(model)
     with torch.random.fork_rng(devices=[]):
-        folded: EvolmForCausalLM = EvolmForCausalLM._from_config(config, dtype=torch.float32)
-    folded.load_state_dict(_folded(model, 1.0), strict=True)
-    folded.eval()
-    return folded
+        bare: EvolmForCausalLM = EvolmForCausalLM._from_config(config, dtype=torch.float32)
+    bare.load_state_dict(weights, strict=True)
+    bare.eval()
+    return bare
 
 
-def _folded(model: EvolmForCausalLM, stored: float) -> Weights:
-    """The weights with all multipliers in them: that of the embeddings, times `stored`, that of the branches in what
-    they write last, and that of the logits, less what a tied embedding has taken, in the last norm."""
-    config = model.config
-    weights: Weights = dict(model.state_dict())
-    embedding, logits, branch = stored * config.embedding_multiplier, config.logit_scale, config.residual_multiplier
-    last = (
-        ("o_proj", "down_proj")
-        if config.norm_placement == "pre"
-        else ("post_attention_layernorm", "post_feedforward_layernorm")
-    )
-    for name, tensor in weights.items():
-        if "embed_" in name or (config.tie_word_embeddings and name.startswith("lm_head.")):
-            weights[name] = tensor * embedding
-        elif name.startswith("model.norm."):
-            weights[name] = tensor * (logits / embedding if config.tie_word_embeddings else logits)
-        elif any(part in name for part in last):
-            weights[name] = tensor * branch
-    return weights
+def _shifted(weights: Weights, config: EvolmConfig) -> Weights:
+    """For classes whose norms multiply by 1 + weight and whose embeddings are multiplied by the root of the width: the
+    final norm makes up for that where the embeddings are the head's too."""
+    root = config.hidden_size**0.5
+    shifted = {name: tensor - 1 if "norm" in name else tensor for name, tensor in weights.items()}
+    for name in ("model.embed_tokens.weight", *(("lm_head.weight",) if config.tie_word_embeddings else ())):
+        shifted[name] = weights[name] / root
+    if config.tie_word_embeddings:
+        shifted["model.norm.weight"] = weights["model.norm.weight"] * root - 1
+    return shifted
 
 
 def published_weights(model: PreTrainedModel) -> Weights:

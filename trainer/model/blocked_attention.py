@@ -65,7 +65,11 @@ class _BlockedAttention(torch.autograd.Function):
             part = query[:, :, low:high].reshape(len(key), -1, size)
             scores = torch.bmm(part, key[:, first:high].transpose(1, 2))
             by_query = scores.view(len(key), groups, high - low, high - first)
-            by_query.masked_fill_(_hidden(first, low, high, window, scores.device), -torch.inf)
+            # Only the last keys can be after a query; the first ones are out of the window where there is one.
+            by_query[..., low - first :].masked_fill_(_hidden(low, low, high, window, scores.device), -torch.inf)
+            if first > 0 or window is not None:
+                edge = by_query[..., : low - first]
+                edge.masked_fill_(_hidden(first, low, high, window, scores.device)[:, : low - first], -torch.inf)
             weights = torch.softmax(scores, dim=-1)
             output[:, :, low:high] = torch.bmm(weights, value[:, first:high]).view(len(key), groups, -1, size)
             kept.append(weights)

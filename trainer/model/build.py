@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from trainer.completep import branch_multiplier, factors, logit_multiplier
 from trainer.data.loader import stream_seed
 from trainer.model.configuration_evolm import EvolmConfig
 from trainer.model.modeling_evolm import EvolmForCausalLM
+from trainer.parameter_groups import kind_of, writes_to_stream
 from trainer.recipe import Model, Recipe
 from trainer.recipe.model import ABSOLUTE
 
@@ -61,8 +63,8 @@ def config_of(recipe: Recipe) -> EvolmConfig:
         attn_logit_softcapping=model.attention_softcap or None,
         final_logit_softcapping=model.logit_softcap or None,
         embedding_multiplier=model.embedding_multiplier,
-        residual_multiplier=model.residual_multiplier,
-        logit_scale=model.logit_multiplier,
+        residual_multiplier=branch_multiplier(recipe),
+        logit_scale=logit_multiplier(recipe),
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
         tie_word_embeddings=model.tie_embeddings,
@@ -108,4 +110,14 @@ def build_model(recipe: Recipe, seed: int, device: torch.device | str = "cpu") -
         model = EvolmForCausalLM._from_config(
             config_of(recipe), attn_implementation=attention_kernel(recipe, device), dtype=torch.float32
         )
+    _spread(model, recipe)
     return model.to(device)
+
+
+@torch.no_grad()
+def _spread(model: EvolmForCausalLM, recipe: Recipe) -> None:
+    """Give initial weights the standard deviations of the recipe's parameterisation, from those of the standard one."""
+    for name, parameter in model.named_parameters():
+        std = factors(kind_of(name, parameter), recipe, writes=writes_to_stream(name)).std
+        if std != 1:
+            parameter.mul_(std)

@@ -50,23 +50,23 @@ class EvolmRotary(nn.Module):
         return self
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
-        """Integer positions (B or 1, T) -> cosines and sines, each (B or 1, 1, T, R/2), in `dtype`."""
+        """Integer positions (B or 1, T) -> cosines and sines, each (B or 1, 1, T, R), in `dtype`: of each pair, the
+        first half's sine is negated."""
         angle = positions[:, None, :, None].float() * self.inv_freq
         cos, sin = angle.cos(), angle.sin()
         if self.scaling != 1.0:
             cos, sin = cos * self.scaling, sin * self.scaling
-        return cos.to(dtype), sin.to(dtype)
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
     """Turn the pairs (i, i + R/2) of the first R of each head in x (B, heads, T, E)."""
     cos, sin = by
-    half = cos.shape[-1]
-    if 2 * half == x.shape[-1]:
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    turned = cos.shape[-1]
+    if turned == x.shape[-1]:
+        return torch.addcmul(x * cos, x.roll(turned // 2, dims=-1), sin)
+    head, rest = x.split((turned, x.shape[-1] - turned), dim=-1)
+    return torch.cat((torch.addcmul(head * cos, head.roll(turned // 2, dims=-1), sin), rest), dim=-1)
 
 
 def sinusoids(positions: torch.Tensor, size: int) -> torch.Tensor:

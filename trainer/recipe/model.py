@@ -124,7 +124,7 @@ class Model(Section):
         """The shape of every block; call `incoherence` first, lists of the wrong length raise ValueError here."""
         heads = _per_layer(self.n_heads, self.n_layers)
         kv_heads = heads if self.n_kv_heads is None else _per_layer(self.n_kv_heads, self.n_layers)
-        widths = _per_layer(self.ffn_dim or self._default_ffn_dim(), self.n_layers)
+        widths = _per_layer(self.ffn_dim or self.default_ffn_dim(), self.n_layers)
         per_layer = zip(
             heads,
             kv_heads,
@@ -149,7 +149,8 @@ class Model(Section):
             for dense in [self.ffn == "moe" and index < self.n_dense_layers]
         ]
 
-    def _default_ffn_dim(self) -> int:
+    def default_ffn_dim(self) -> int:
+        """Hidden units of a feed-forward part, or of each expert, where the recipe does not say."""
         width = (8 / 3 if self.ffn in GATED else 4) * self.d_model
         return max(32, round(width / 32) * 32)
 

@@ -7,21 +7,23 @@ checkpoint) and `record.json`, which is written last: where it stands, the stage
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import load_checkpoint, read_state
+from trainer.checkpoint import load_weights, read_state
 from trainer.data.corpus import Corpus
+from trainer.engines import Setup
 from trainer.errors import CheckpointError, DataError
 from trainer.loop import Checkpoints, Progress, Record, Report, train
 from trainer.metrics_log import MetricsLog
 from trainer.model import EvolmForCausalLM, build_model
-from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
+from trainer.sinks import RunInfo, Sinks
+from trainer.telemetry import Telemetry
 
 METRICS_EVERY = 0.01
 """Share of a run's tokens between lines of metrics.jsonl."""
@@ -79,24 +81,37 @@ def pretrain(
     device: str = "cpu",
     report: Report = lambda progress: True,
     checkpoint_seconds: float = 120.0,
+    roots: Sequence[Path] = (),
+    setup: Setup | None = None,
+    sinks: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Record | None:
     """Train a recipe to the end, or go on where this folder stopped; None when it was finished before.
 
-    A stopped run returns a record that is not finished. Raises what `train` raises, and DataError for a folder of
-    another recipe.
+    The names of `sinks` say where its numbers go besides metrics.jsonl; `warn` hears of those that fail. A stopped run
+    returns a record that is not finished. Raises what `train` raises, and DataError for a folder of another recipe. Of
+    the ranks of a `setup`, which all call this, the first one writes.
     """
-    stage = Stage(folder)
-    stage.begin(recipe, tokens, seed)
-    if stage.record() is not None:
+    stage, setup = Stage(folder), setup or Setup()
+
+    def begin() -> tuple[bool, str | None]:
+        stage.begin(recipe, tokens, seed)
+        start = _usable(stage.final) or _usable(stage.latest)
+        return stage.record() is not None, None if start is None else str(start)
+
+    done, start = setup.ranks.tell(begin)
+    if done:
         return None
-    with MetricsLog(folder / "metrics.jsonl") as log:
-        logged = 0.0
+    first = setup.ranks.first
+    about = RunInfo(folder=folder, home=folder, group="evolm", name=folder.name, recipe=recipe.model_dump(mode="json"))
+    with (
+        MetricsLog(folder / "metrics.jsonl" if first else Path(os.devnull)) as log,
+        Sinks(sinks if first else (), about, warn) as others,
+    ):
+        telemetry = Telemetry(recipe, device, log, others, every=METRICS_EVERY, devices=setup.ranks.world)
 
         def report_and_log(progress: Progress) -> bool:
-            nonlocal logged
-            if progress.tokens >= logged:
-                log.write(asdict(progress))
-                logged = progress.tokens + METRICS_EVERY * progress.total_tokens
+            telemetry(progress)
             return report(progress)
 
         return train(
@@ -105,9 +120,11 @@ def pretrain(
             corpus=corpus,
             tokens=tokens,
             seed=seed,
-            start=_usable(stage.final) or _usable(stage.latest),
+            start=None if start is None else Path(start),
             checkpoints=Checkpoints(latest=stage.latest, final=stage.final, seconds=checkpoint_seconds),
             device=device,
+            roots=roots,
+            setup=setup,
         )
 
 
@@ -123,7 +140,7 @@ def _usable(checkpoint: Path) -> Path | None:
 def load_final(stage: Stage, recipe: Recipe, device: str = "cpu") -> EvolmForCausalLM:
     """The trained model of a finished stage. Raises CheckpointError when its weights are not those of this recipe."""
     model = build_model(recipe, 0, device)
-    state = load_checkpoint(stage.final, model, build_optimizer(model, recipe))
+    state = load_weights(stage.final, model)
     if state.recipe != recipe_digest(recipe):
         raise CheckpointError(f"{stage.final}: is of another recipe")
     model.eval()

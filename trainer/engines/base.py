@@ -1,0 +1,108 @@
+"""The seam between the training loop and what holds a model: one device, or many in different ways.
+
+The loop owns the step: which samples, which loss, how large a step. An engine owns where weights, gradients and moments
+lie. Whatever the engine, the loss is a sum over samples divided by the tokens of the whole batch, gradients are summed
+over ranks, and a checkpoint is the same folder: a run that was begun under one engine goes on under any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from search_spaces.errors import UsageError
+from trainer.averaging import Average
+from trainer.checkpoint import Content
+from trainer.distillation import Teacher
+from trainer.engines.ranks import ALONE, Ranks
+from trainer.model import EvolmForCausalLM
+from trainer.objective import Losses, training_loss
+from trainer.optim import Optimizer
+from trainer.recipe import Recipe
+
+EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
+ENGINES: tuple[EngineName, ...] = ("single", "ddp", "fsdp", "deepspeed")
+
+ZeroStage = Literal[1, 2, 3]
+
+CUTTING_OPTIMIZERS = ("adamw",)
+"""Those that treat every weight by itself and so do not mind where a matrix is cut, and are shown to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Which engine, over which ranks. `zero_stage` and `offload` (optimiser state in the CPU's memory) are
+    DeepSpeed's. None of it is part of a recipe: it changes results by rounding alone."""
+
+    engine: EngineName = "single"
+    ranks: Ranks = ALONE
+    zero_stage: ZeroStage = 2
+    offload: bool = False
+
+
+class Engine(Protocol):
+    """Holds one model and its optimiser. All ranks call every method, in the same order."""
+
+    model: EvolmForCausalLM
+    """With the parameters as this rank has them: to be run through `forward` alone."""
+
+    optimizer: Optimizer
+    """Whose groups get the learning rate of each step."""
+
+    compiles: bool
+    """Whether its blocks can be compiled."""
+
+    norms: Mapping[str, torch.Tensor]
+    """The norm that the gradient of each kind of parameter had when it was last cut; empty where that is not known."""
+
+    def forward(self, batch: torch.Tensor, *, last: bool, length: int | None = None) -> Losses:
+        """`training_loss` of token ids (B, T+1); `last` says that this is the step's last pass."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this rank's loss to that of the step, which is summed over ranks."""
+
+    def clip(self, limit: float) -> torch.Tensor:
+        """Cut the gradient to a norm of `limit`; returns the norm that it had."""
+
+    def update(self) -> None:
+        """One optimiser step."""
+
+    def content(self, average: Average | None) -> Content:
+        """What a checkpoint holds, whatever the engine. Of use on the first rank."""
+
+    def restore(self, folder: Path, average: Average | None) -> None:
+        """Fill model, optimiser and mean from a checkpoint of any engine. Raises CheckpointError."""
+
+    def whole(self) -> EvolmForCausalLM | None:
+        """The model as one plain module, to be scored or exported; None on all ranks but the first."""
+
+
+class Objective(nn.Module):
+    """`training_loss` as a module, so that what wraps it sees every weight used inside one forward pass."""
+
+    def __init__(self, model: EvolmForCausalLM, recipe: Recipe, teacher: Teacher | None) -> None:
+        super().__init__()
+        self.model, self.recipe, self.teacher = model, recipe, teacher
+
+    def forward(self, batch: torch.Tensor, length: int | None = None) -> Losses:
+        """The losses of token ids (B, T+1), cut into pieces of `length`."""
+        return training_loss(self.model, self.recipe, batch, length=length, teacher=self.teacher)
+
+
+def refuse_uncuttable(recipe: Recipe, engine: str) -> None:
+    """Raises UsageError for what an engine that cuts matrices over ranks cannot train."""
+    train = recipe.train
+    if train.optimizer not in CUTTING_OPTIMIZERS:
+        raise UsageError(
+            f"--engine {engine} cuts matrices over the ranks and trains with {' or '.join(CUTTING_OPTIMIZERS)}; "
+            f"{train.optimizer} needs them whole or is not shown to be the same, take --engine ddp"
+        )
+    if train.precision == "fp16":
+        raise UsageError(f"--engine {engine} trains in fp32 or bf16; for fp16 take --engine single or ddp")
+    if train.compile == "always":
+        raise UsageError(f"--engine {engine} does not compile blocks: set train.compile to auto, or take --engine ddp")

@@ -1,0 +1,58 @@
+"""How many sequences a forward pass takes: as many as the device is predicted to hold, and half as many whenever it
+does not; and blocks that are run twice to hold more."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trainer.cost import costs, micro_batch_tokens
+from trainer.model import EvolmForCausalLM
+from trainer.recipe import Recipe
+
+USABLE = 0.8
+"""Share of a GPU's free memory that is planned with: the rest is for what the prediction leaves out, such as buffers of
+kernels and holes between tensors."""
+
+
+def micro_batch(recipe: Recipe, device: torch.device) -> int:
+    """Sequences of one forward pass: as the recipe says; on a GPU what its free memory holds, a batch halved as often
+    as it takes; on a CPU some thousand tokens, which are faster there than more."""
+    length = recipe.data.sequence_length
+    if recipe.train.micro_batch_tokens is not None or device.type != "cuda":
+        return micro_batch_tokens(recipe) // length
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return largest_micro_batch(recipe, USABLE * (free + cached))
+
+
+def largest_micro_batch(recipe: Recipe, budget: float) -> int:
+    """The sequences of one forward pass with which a training step is predicted to take at most `budget` bytes; one
+    where none does."""
+    length = recipe.data.sequence_length
+    sequences = max(1, recipe.train.batch_tokens // length)
+    while sequences > 1 and _predicted(recipe, sequences * length) > budget:
+        sequences = -(-sequences // 2)
+    return sequences
+
+
+def _predicted(recipe: Recipe, tokens: int) -> float:
+    train = recipe.train.model_copy(update={"micro_batch_tokens": tokens})
+    return costs(recipe.model_copy(update={"train": train})).train_memory
+
+
+def recompute_blocks(model: EvolmForCausalLM) -> None:
+    """Have blocks keep their input alone for the backward pass, which runs them again (Chen et al. 2016, arXiv
+    1604.06174); dropout draws the same again."""
+    for layer in model.model.layers:
+        assert isinstance(layer, GradientCheckpointingLayer)
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
