@@ -1,10 +1,12 @@
 """What autograd keeps between the forward and the backward pass, operation by operation. No torch.
 
-The tests sum the tensors that are really saved.
+The tests sum the tensors that are really saved on a CPU. Elsewhere it is not more: kernels for GPUs keep no
+probabilities.
 """
 
 from __future__ import annotations
 
+from trainer.attention_kernels import attention_kernel, kept_positions
 from trainer.recipe import Layer, Model, Recipe
 
 KEPT_PER_UNIT = {"swiglu": 4, "geglu": 4, "reglu": 3, "gelu": 2, "silu": 2, "relu2": 2}
@@ -28,21 +30,16 @@ def activation_bytes_per_token(recipe: Recipe, size: int) -> float:
 
 def mask_bytes(recipe: Recipe, size: int) -> int:
     """Bytes of the masks that attention is given, once for each kind of layer whatever the batch."""
-    length, kinds = recipe.data.sequence_length, set()
+    length, kernel, kinds = recipe.data.sequence_length, attention_kernel(recipe, "cpu"), set()
     for layer in recipe.model.layers():
-        if layer.attention == "sliding" or layer.positions == "alibi" or _writes_scores_out(recipe):
+        masked = layer.attention == "sliding" and kernel != "blocked"
+        if masked or layer.positions == "alibi" or kernel == "eager":
             kinds.add((layer.attention, layer.n_heads if layer.positions == "alibi" else 1))
     return sum(heads * length * length * size for _, heads in kinds)
 
 
-def _writes_scores_out(recipe: Recipe) -> bool:
-    """Whether attention holds its scores in memory: the textbook's does, fused kernels do not."""
-    kernel = recipe.train.attention_kernel
-    return kernel == "eager" or (kernel == "auto" and recipe.model.attention_softcap > 0)
-
-
 def _norm(model: Model) -> int:
-    """A norm but for its output, in fp32: the input, of RMSNorm what it is divided down to; and its statistics."""
+    """A norm but for its output: in fp32 the input, or of RMSNorm what it is divided down to; its statistics."""
     return 4 * model.d_model + (8 if model.norm == "layernorm" else 4)
 
 
@@ -63,15 +60,19 @@ def _attention(layer: Layer, recipe: Recipe, size: int) -> float:
     query, key = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
     normed = {False: 0, True: layer.n_heads + layer.n_kv_heads, "head": layer.n_heads + layer.n_kv_heads, "full": 2}
     norms = (4 * (query + key) if model.qk_norm else 0) + 4 * normed[model.qk_norm]  # the output is the query
-    if _writes_scores_out(recipe):
+    kernel = attention_kernel(recipe, "cpu")
+    if kernel == "blocked":  # query, key, value, output and probabilities
+        window = model.window if layer.attention == "sliding" else None
+        return (2 * query + 2 * key + layer.n_heads * kept_positions(length, window) / length) * size + norms
+    if kernel == "eager":
         # Query, key, value and output, each of all heads; weights in fp32 and as they are used, bent scores.
         scores = 4 + (size if size != 4 else 0) + (size if model.attention_softcap else 0)
         scores += 2 * size if model.attention_dropout else 0  # what it multiplies by, and the product
         return 4 * query * size + scores * layer.n_heads * length + norms
     if layer.attention == "sliding" or layer.positions == "alibi":
         key = query  # with a mask, each query head gets its own copy
-    pieced = layer.positions == "rope" and model.rope_fraction != 1.0
-    outputs = 2 if pieced else 1  # heads that are put together again are laid out anew, and so is their output
+    part = layer.positions == "rope" and model.rope_fraction < 1
+    outputs = 2 if part else 1  # where a part of each head was turned, heads are laid out anew, and so is the output
     return ((1 + outputs) * query + 2 * key) * size + 4 * layer.n_heads + norms  # the last: log-sums of scores
 
 

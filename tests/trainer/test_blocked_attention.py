@@ -6,14 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from trainer.attention_kernels import BLOCK, LONGEST, kept_positions
 from trainer.model.blocked_attention import (
-    BLOCK,
-    LONGEST,
     NAME,
     _BlockedAttention,
     blocked_attention_forward,
     blocked_mask,
-    kept_positions,
 )
 
 

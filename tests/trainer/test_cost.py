@@ -143,6 +143,17 @@ def test_activation_memory_in_fp32_is_what_autograd_keeps(recipe_of, shape):
     assert kept / (16 * 32) == pytest.approx(activation_bytes_per_token(recipe, 4), rel=0.005)
 
 
+WINDOWED = {"n_heads": 4, "n_kv_heads": 2, "attention": ["full", "sliding"], "window": 5}
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "sdpa", "eager"])
+@pytest.mark.parametrize("shape", [{}, WINDOWED, {"rope_fraction": 0.5}], ids=["plain", "windowed", "part of heads"])
+def test_every_attention_kernel_keeps_what_is_said_of_it(recipe_of, kernel, shape):
+    recipe = recipe_of(model={"d_model": 64, **shape}, train={"attention_kernel": kernel})
+    kept = bytes_kept(recipe, rows=16) - head_gradient(recipe) - mask_bytes(recipe, 4)
+    assert kept / (16 * 32) == pytest.approx(activation_bytes_per_token(recipe, 4), rel=0.005)
+
+
 @every_shape
 def test_each_further_token_in_fp32_takes_what_the_formula_says_and_its_ids(recipe_of, shape):
     recipe = recipe_of(model=shape)

@@ -1,6 +1,7 @@
 """Guards the training loop: what a run does depends on recipe, corpus, seed and horizon, and on nothing else."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -161,9 +162,7 @@ def test_nor_does_it_where_batches_and_sequences_grow(run, recipe_of, sequences,
 
 def test_growing_batches_draw_the_same_samples(run, recipe_of, corpus):
     record, steps = run(recipe_of(train=GROWING), 10 * STEP + 64)
-    taken = [
-        after - before for before, after in zip([0] + [one.tokens for one in steps], [one.tokens for one in steps])
-    ]
+    taken = [after - before for before, after in pairwise([0, *(one.tokens for one in steps)])]
     assert taken == [32] * 8 + [64] * 4 + [128] * 6 + [64]
     assert record.tokens_by_source == corpus.loader(0).drawn(42)
 

@@ -305,6 +305,7 @@ def test_what_is_saved_is_what_is_loaded(model_of, shape, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(loaded) is EvolmForCausalLM
+    loaded.set_attn_implementation(model.config._attn_implementation)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 

@@ -11,7 +11,6 @@ sdpa.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,25 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trainer.attention_kernels import LONGEST, blocks
+
 NAME = "evolm_blocked"
-
-BLOCK = 64
-"""Queries of a block: at 32 the products are too small, at 128 too much above the diagonal is computed."""
-
-LONGEST = 2048
-"""Tokens beyond which the probabilities that are kept would take more memory than the time is worth."""
-
-
-def kept_positions(length: int, window: int | None = None) -> int:
-    """Attention probabilities that are kept for one sequence and head."""
-    return sum((high - low) * (high - first) for first, low, high in _blocks(length, window))
-
-
-def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """For each block of queries: the first key that any of them sees, its first query, and where both end."""
-    for low in range(0, length, BLOCK):
-        first = 0 if window is None else max(0, low - window + 1)
-        yield first, low, min(length, low + BLOCK)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -61,7 +44,7 @@ class _BlockedAttention(torch.autograd.Function):
         key, value = key.reshape(-1, length, size), value.reshape(-1, length, size)
         output = torch.empty_like(query)
         kept = []
-        for first, low, high in _blocks(length, window):
+        for first, low, high in blocks(length, window):
             part = query[:, :, low:high].reshape(len(key), -1, size)
             scores = torch.bmm(part, key[:, first:high].transpose(1, 2))
             by_query = scores.view(len(key), groups, high - low, high - first)
@@ -83,7 +66,7 @@ class _BlockedAttention(torch.autograd.Function):
         length, size = key.shape[1:]
         gradient = gradients[0].reshape(query.shape)
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (first, low, high), weights in zip(_blocks(length, window), kept, strict=True):
+        for (first, low, high), weights in zip(blocks(length, window), kept, strict=True):
             part = query[:, :, low:high].reshape(len(key), -1, size)
             outer = gradient[:, :, low:high].reshape(len(key), -1, size)
             to_weights = torch.bmm(outer, value[:, first:high].transpose(1, 2))

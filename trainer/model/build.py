@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from trainer.attention_kernels import attention_kernel
 from trainer.completep import branch_multiplier, factors, logit_multiplier
 from trainer.data.loader import stream_seed
+from trainer.model import blocked_attention
 from trainer.model.configuration_evolm import EvolmConfig
 from trainer.model.modeling_evolm import EvolmForCausalLM
 from trainer.parameter_groups import kind_of, writes_to_stream
@@ -24,7 +26,7 @@ LAYER_ATTRIBUTES = {
 }
 """What layers may differ in, by the name of the configuration and that of the recipe."""
 
-KERNELS = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}
+KERNELS = {"blocked": blocked_attention.NAME, "sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}
 """Attention kernels by the name of the recipe and that of transformers."""
 
 
@@ -87,28 +89,14 @@ def _rope(model: Model, sequence_length: int) -> dict[str, Any]:
     return values
 
 
-def attention_kernel(recipe: Recipe, device: torch.device | str) -> str:
-    """The attention implementation that a recipe is trained with, as transformers names it.
-
-    `auto` is sdpa, which knows no softcap: with one, it is flex on a GPU, where that can do all else that is asked, and
-    eager otherwise.
-    """
-    if recipe.train.attention_kernel != "auto":
-        return KERNELS[recipe.train.attention_kernel]
-    model = recipe.model
-    if not model.attention_softcap:
-        return "sdpa"
-    distances = any(layer.positions == "alibi" for layer in model.layers())
-    flexible = torch.device(device).type == "cuda" and not model.attention_dropout and not distances
-    return "flex_attention" if flexible else "eager"
-
-
 def build_model(recipe: Recipe, seed: int, device: torch.device | str = "cpu") -> EvolmForCausalLM:
     """The recipe's model with the initial weights of `seed`, in fp32. The global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "init"))
         model = EvolmForCausalLM._from_config(
-            config_of(recipe), attn_implementation=attention_kernel(recipe, device), dtype=torch.float32
+            config_of(recipe),
+            attn_implementation=KERNELS[attention_kernel(recipe, torch.device(device).type)],
+            dtype=torch.float32,
         )
     _spread(model, recipe)
     return model.to(device)
