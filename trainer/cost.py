@@ -95,9 +95,12 @@ def _factored(one: Weight) -> int:
 
 
 def _preconditioned(one: Weight) -> int:
-    """SOAP's: two moments, and of each side of a matrix a covariance and its eigenvectors (arXiv 2409.11321)."""
-    sides = 2 * sum(side * side for side in one.shape if side <= SOAP_LARGEST) if len(one.shape) > 1 else 0
-    return 2 * one.size + sides
+    """SOAP's: two moments, and of each side of a matrix a covariance and its eigenvectors (arXiv 2409.11321); of
+    embeddings and head the side of the width alone."""
+    if len(one.shape) < 2:
+        return 2 * one.size
+    largest = min(one.shape) if one.kind in ("embedding", "head") else SOAP_LARGEST
+    return 2 * one.size + 2 * sum(side * side for side in one.shape if side <= largest)
 
 
 OPTIMIZER_ENTRIES: dict[str, Callable[[Weight], int]] = {

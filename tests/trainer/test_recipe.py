@@ -212,6 +212,8 @@ def test_what_is_added_to_embeddings_leaves_layers_without_positions(positions):
     ("kernel", "model", "words"),
     [
         ("sdpa", {"attention_softcap": 5.0}, "'sdpa' knows no model.attention_softcap; take auto, flex or eager"),
+        ("blocked", {"attention_softcap": 5.0}, "'blocked' knows no model.attention_softcap; take auto, flex or eager"),
+        ("blocked", {"attention_dropout": 0.1}, "'blocked' knows no model.attention_dropout; take auto, sdpa or eager"),
         ("flex", {"attention_dropout": 0.1}, "'flex' knows no model.attention_dropout; take auto, sdpa or eager"),
         ("flex", {"positions": "alibi"}, "'flex' cannot add alibi's distances; take auto, sdpa or eager"),
     ],
