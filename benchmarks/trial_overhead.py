@@ -7,8 +7,9 @@ thread, with a rung above it and a save on the way; its length is chosen so that
 spent in evaluation, checkpoints, gates, opening the corpus and building the model is taken at their entrances.
 
 (b) Start-up of a trial in a warm worker: from the arrival of a job to the end of its first step, less a later step of
-the same trial (the median of steps 3 to 12). Jobs alternate between two genomes, of which one differs from all before
-in its mix, as it does in a search, and one in its learning rate alone.
+the same trial (the median of steps 3 to 12); steps are of one sequence, so that their noise hides less. Jobs alternate
+between two genomes, of which one differs from all before in its mix, as it does in a search, and one in its learning
+rate alone.
 
 Figures are medians; the last line is JSON. Beside wall-clock time stands the processor time of the process, which other
 work on the machine changes little; where the two differ, believe the second, and add what a disk takes.
@@ -36,15 +37,15 @@ from evolm.worker import Context, run_recipe
 
 TREES = {
     "evaluation": ("evolm.worker.score_domains", "trainer.data.corpus.Corpus.held_out"),
-    "checkpoints": ("trainer.loop.save_checkpoint",),
+    "checkpoints": ("trainer.loop._Run.save",),
     "gates": ("trainer.loop.check_causality", "trainer.loop.check_floor"),
     "corpus": ("evolm.worker._corpus", "trainer.data.corpus.Corpus.loader"),
-    "model": ("trainer.loop.build_model", "trainer.loop.build_optimizer"),
+    "model": ("trainer.loop.build_engine",),
 }
 """Where each part is entered."""
 
 
-def genome(mix: float = 0.6, rate: float = 3e-3, precision: str = "bf16") -> dict[str, Any]:
+def genome(mix: float = 0.6, rate: float = 3e-3, batch: int = 8192) -> dict[str, Any]:
     """The preset micro over the text at hand."""
     return {
         "data": {
@@ -54,7 +55,7 @@ def genome(mix: float = 0.6, rate: float = 3e-3, precision: str = "bf16") -> dic
             "sequence_length": 256,
         },
         "model": {"d_model": 128, "n_layers": 6, "n_heads": 4, "head_dim": 32, "ffn_dim": 384},
-        "train": {"learning_rate": rate, "batch_tokens": 8192, "warmup_steps": 30, "precision": precision},
+        "train": {"learning_rate": rate, "batch_tokens": batch, "warmup_steps": 30, "precision": "bf16"},
     }
 
 
@@ -153,11 +154,11 @@ def main() -> None:
         (folder / "run" / "trials").mkdir(parents=True)
         if options.cache:
             (folder / "cache").symlink_to(options.cache.resolve())
-        start_up(genome(), folder, 0)  # cold: imports, and the corpus where it is new
+        start_up(genome(batch=256), folder, 0)  # cold: imports, and the corpus where it is new
         warm: dict[str, list[Moment]] = {"another mix": [], "same data": []}
         for n in range(options.pairs):
-            warm["another mix"].append(start_up(genome(mix=0.3 + 0.01 * n), folder, 100 + n))
-            warm["same data"].append(start_up(genome(rate=1e-3 + 1e-4 * n), folder, 200 + n))
+            warm["another mix"].append(start_up(genome(mix=0.3 + 0.01 * n, batch=256), folder, 100 + n))
+            warm["same data"].append(start_up(genome(rate=1e-3 + 1e-4 * n, batch=256), folder, 200 + n))
         begins = {kind: median(found) for kind, found in warm.items()}
         if not options.json:
             for kind, (wall, processor) in begins.items():

@@ -80,7 +80,7 @@ def gradient_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tenso
 
 class Telemetry:
     """Writes a line of metrics.jsonl, and gives it to the sinks, whenever a run has come another `every` of its way and
-    its loss has just been looked at.
+    its loss has just been looked at, and at its end.
 
     A line has `step`, `tokens`, `total_tokens`, `flops` (of this call), `loss` (nats per token), `learning_rate`,
     `gradient_norm`, `tokens_per_second` and `flops_per_second` since the line before, `mfu` (model FLOPs over what
@@ -110,7 +110,7 @@ class Telemetry:
     def __call__(self, progress: Progress) -> None:
         """Hear of a step."""
         self._step = progress.step
-        if progress.looked and progress.tokens >= self._next:
+        if progress.looked and (progress.tokens >= self._next or progress.tokens >= progress.total_tokens):
             self._next = progress.tokens + self.every * progress.total_tokens
             self._write(self.line(progress))
 
