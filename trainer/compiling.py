@@ -15,9 +15,9 @@ ASSUMED_RATE = 5e13
 each time, because compiled blocks round otherwise."""
 
 BREAK_EVEN_SECONDS = 240.0
-"""Predicted seconds of a run on a GPU from which compiling pays: about a minute of it, cold, for forward and backward
-pass in training and the shape of a ragged last batch, against a quarter of every step. benchmarks/compile.py measures
-both; on a CPU the step gains nothing that lasts (0.9 to 1.1 x), so there it never pays."""
+"""Predicted seconds of a run on a GPU from which compiling pays: a minute for the graphs of forward and backward pass
+against a quarter of every step. Both are taken from what is usual and are to be replaced by what benchmarks/compile.py
+--device cuda says. On a CPU it says that it never pays: the step takes 1.03 to 1.10 times as long, after minutes."""
 
 SHAPES = 64
 """Graphs that are kept of a block before torch gives up: layers of other shapes, batches and lengths of sequences are
