@@ -9,7 +9,9 @@ are tuned at the smallest size of each axis, where both parameterisations are th
 parameterisation and size, the losses (nats per token of held-out text), the best learning rate (of a parabola through
 the minimum and its neighbours) and how far it moves from the base; then the level: CompleteP at the base's best rate
 against the control arm, the standard parameterisation at the rate that the OLMo ladder's law, params^(-1/3), makes of
-it. All arms have the same batch: that of the ladder would leave a run of this length a few steps.
+it, with the best of the initial standard deviations, each at its own rate. A loss is infinite where training gave up:
+it diverged, or began worse than guessing and stayed so. All arms have the same batch: that of the ladder would leave a
+run of this length a few steps.
 
 The last line is JSON. With --out, losses are kept in a file and not computed again.
 """
@@ -208,27 +210,33 @@ def study(losses: Losses, axis: Axis, qk_norm: bool, steps: int, seeds: int) -> 
         own[arm] = [min(one.values()) for one in mine]
         for size, one, value, moved in zip(axis.sizes, mine, best, drift[arm], strict=True):
             print(f"{arm:<10} {size!s:<10} {_row(one)}  best 2^{value:.2f} ({moved:+.2f} octaves)")
-    level = _level(losses, axis, job, tuned, own, seeds)
+    rates = {one.std: optimum(found) for one, found in zip(bases, tuning, strict=True)}
+    level = _level(losses, axis, job, rates, own, seeds)
     return {"std": job.std, "rate": round(tuned, 2), "drift": drift, "level": level}
 
 
 def _level(
-    losses: Losses, axis: Axis, job: Job, tuned: float, own: dict[str, list[float]], seeds: int
+    losses: Losses, axis: Axis, job: Job, rates: dict[float, float], own: dict[str, list[float]], seeds: int
 ) -> list[dict[str, Any]]:
-    """CompleteP at the base's learning rate and the control arm at the one that its law gives, at every larger size."""
+    """CompleteP at the base's learning rate and the control arm at the one that its law gives, at every larger size.
+    `rates` are the best ones of the base, by initial standard deviation."""
     level = []
     params = scaling_params(job.recipe())
     for index, (width, depth) in enumerate(axis.sizes[1:], start=1):
-        here = replace(job, width=width, depth=depth, rate=tuned)
-        law = tuned - math.log2(scaling_params(here.recipe()) / params) / 3
-        transferred = losses.of([replace(here, arm="completep", seed=seed) for seed in range(seeds)])
-        control = losses.of([replace(here, rate=law, seed=seed) for seed in range(seeds)])
-        difference = sum(transferred) / seeds - sum(control) / seeds
+        here = replace(job, width=width, depth=depth)
+        law = math.log2(scaling_params(here.recipe()) / params) / 3
+        wanted = [replace(here, arm="completep", rate=rates[job.std])]
+        wanted += [replace(here, std=std, rate=rate - law) for std, rate in rates.items()]
+        losses.of([replace(one, seed=seed) for one in wanted for seed in range(seeds)])
+        transferred, *controls = [losses.of([replace(one, seed=seed) for seed in range(seeds)]) for one in wanted]
+        control = min(controls, key=sum)
+        chosen = wanted[1 + controls.index(control)]
+        difference = (sum(transferred) - sum(control)) / seeds
         level.append({"size": [width, depth], "completep": transferred, "ladder": control, "difference": difference})
         print(
-            f"level {(width, depth)!s:<10} completep at 2^{tuned:.2f}: {_mean(transferred)}   ladder at 2^{law:.2f}: "
-            f"{_mean(control)}   difference {difference:+.4f}   best of the sweeps: completep "
-            f"{own['completep'][index]:.4f}, standard {own['standard'][index]:.4f}"
+            f"level {(width, depth)!s:<10} completep at 2^{rates[job.std]:.2f}: {_mean(transferred)}   ladder at "
+            f"2^{chosen.rate:.2f}, std {chosen.std}: {_mean(control)}   difference {difference:+.4f}   best of the "
+            f"sweeps: completep {own['completep'][index]:.4f}, standard {own['standard'][index]:.4f}"
         )
     return level
 

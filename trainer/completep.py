@@ -21,20 +21,16 @@ At the base itself all factors are one: the run is, bit by bit, that of the stan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from trainer.recipe import Recipe
+from trainer.weights import Kind
 
-Kind = Literal["embedding", "hidden", "router", "head", "vector"]
-"""Token and position embeddings; matrices inside blocks; a mixture's routers; an untied output head; norms, biases and
-gates."""
-
-RATE_EXPONENTS = {"muon": 0.5, "adafactor": 0.5}
-"""Learning rates of hidden matrices go as width to minus this, and to minus 1 where an optimiser is not named: entries
-of Adam's step have one size at every width, so what they change of a matrix's output grows with its inputs. That change
-is bounded by the spectral norm of the step (Yang et al. 2023, arXiv 2310.17813, condition 1), which for Muon is 0.2
-times the root of the width. Adafactor's step is relative to the root mean square of the weights, which goes as
-1 / sqrt(width) by itself."""
+RATE_EXPONENTS = {("muon", "hidden"): 0.5, ("adafactor", "hidden"): 0.5, ("adafactor", "router"): 0.5}
+"""Learning rates of matrices inside blocks go as width to minus this, and to minus 1 where an optimiser is not named:
+entries of Adam's step have one size at every width, so what they change of a matrix's output grows with its inputs.
+That change is bounded by the spectral norm of the step (Yang et al. 2023, arXiv 2310.17813, condition 1), which for
+Muon is 0.2 times the root of the width. Adafactor's step is relative to the root mean square of the weights, which
+goes as 1 / sqrt(width) by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +58,7 @@ def factors(kind: Kind, recipe: Recipe, *, writes: bool = False) -> Factors:
     eps = 1 / (width * depth)
     if kind == "vector":
         return Factors(eps=eps)
-    exponent = RATE_EXPONENTS.get(recipe.train.optimizer, 1.0) if kind == "hidden" else 1.0
+    exponent = RATE_EXPONENTS.get((recipe.train.optimizer, kind), 1.0)
     # A model is built with 1 / sqrt(2 n_layers) on what writes to the stream; with this it is that of the base.
     std = (depth if writes else 1.0) ** 0.5 / width**0.5
     return Factors(std=std, rate=width**-exponent, eps=eps)

@@ -85,34 +85,35 @@ def _untrained(recipe: Recipe) -> int:
 def optimizer_entries(recipe: Recipe, tensors: Sequence[Weight]) -> int:
     """Numbers that the recipe's optimiser keeps of its gradients, step counters aside, and the mean of the weights."""
     entries = OPTIMIZER_ENTRIES[recipe.train.optimizer]
-    return sum(entries(one) + (one.size if recipe.train.ema else 0) for one in tensors)
+    return sum(entries(one, recipe.model.d_model) + (one.size if recipe.train.ema else 0) for one in tensors)
 
 
-def _factored(one: Weight) -> int:
+def _factored(one: Weight, width: int) -> int:
     """Adafactor's: of a matrix the means of its rows and columns (Shazeer and Stern 2018, arXiv 1804.04235)."""
     *stack, rows, columns = (1, *one.shape)
     return math.prod(stack) * (rows + columns) if len(one.shape) > 1 else one.size
 
 
-def _preconditioned(one: Weight) -> int:
+def _preconditioned(one: Weight, width: int) -> int:
     """SOAP's: two moments, and of each side of a matrix a covariance and its eigenvectors (arXiv 2409.11321)."""
-    sides = 2 * sum(side * side for side in one.shape if side <= SOAP_LARGEST) if len(one.shape) > 1 else 0
+    largest = width if one.kind in ("embedding", "head") else SOAP_LARGEST
+    sides = 2 * sum(side * side for side in one.shape if side <= largest) if len(one.shape) > 1 else 0
     return 2 * one.size + sides
 
 
-OPTIMIZER_ENTRIES: dict[str, Callable[[Weight], int]] = {
-    "adamw": lambda one: 2 * one.size,
-    "muon": lambda one: one.size if one.kind == "hidden" else 2 * one.size,
+OPTIMIZER_ENTRIES: dict[str, Callable[[Weight, int], int]] = {
+    "adamw": lambda one, width: 2 * one.size,
+    "muon": lambda one, width: one.size if one.kind == "hidden" else 2 * one.size,
     "adafactor": _factored,
-    "lion": lambda one: one.size,
+    "lion": lambda one, width: one.size,
     "soap": _preconditioned,
-    "adan": lambda one: 4 * one.size,
-    "ademamix": lambda one: 3 * one.size,
+    "adan": lambda one, width: 4 * one.size,
+    "ademamix": lambda one, width: 3 * one.size,
 }
-"""Numbers that each optimiser keeps of a weight's gradients."""
+"""Numbers that each optimiser keeps of a weight's gradients, in a model of some width."""
 
 SOAP_LARGEST = 10_000
-"""Side of a matrix beyond which SOAP leaves it as it is."""
+"""Side of a matrix beyond which SOAP leaves it as it is; that of a vocabulary it always does."""
 
 
 def _train_memory(recipe: Recipe, params: int, optimizer: int) -> float:

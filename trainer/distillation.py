@@ -15,6 +15,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import DataError
 from trainer.export.load import load_model
 from trainer.loss import Lesson
+from trainer.model import EvolmForCausalLM, Head
 from trainer.recipe import Recipe
 
 
@@ -24,8 +25,7 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, digest: str, *, share: float, temperature: float) -> None:
         self.model, self.digest = model.requires_grad_(False), digest
         self.share, self.temperature = share, temperature
-        self.head = model.get_output_embeddings().weight
-        self.multiplier, self.softcap = _bend_of(model)
+        self.head = head_of(model)
 
     @classmethod
     def open(
@@ -61,14 +61,14 @@ class Teacher:
         with torch.inference_mode():
             hidden = self.model.base_model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
             kind = inputs.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.weight.dtype
             return Lesson(
                 hidden=hidden.to(dtype),
-                weight=self.head.to(dtype),
+                weight=self.head.weight.to(dtype),
                 share=self.share,
                 temperature=self.temperature,
-                multiplier=self.multiplier,
-                softcap=self.softcap,
+                multiplier=self.head.multiplier,
+                softcap=self.head.softcap,
             )
 
 
@@ -116,9 +116,14 @@ def _digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _bend_of(model: PreTrainedModel) -> tuple[float, float]:
-    """What a model does to its logits after the output head, in the names of the stock classes: a multiplier
-    (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`) and a softcap (Gemma's)."""
+def head_of(model: PreTrainedModel) -> Head:
+    """What turns a model's hidden states into logits. What stock classes do beside the product with a matrix stands in
+    their configurations: a multiplier (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`) and a softcap
+    (Gemma's)."""
+    if isinstance(model, EvolmForCausalLM):
+        return model.head()
     config = model.config
     multiplier = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return float(multiplier), float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    weight = model.get_output_embeddings().weight
+    return Head(weight=weight, multiplier=float(multiplier), softcap=float(softcap))

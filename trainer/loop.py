@@ -33,7 +33,7 @@ from trainer.extras import unusable_precision
 from trainer.gates import check_causality, check_floor
 from trainer.loss_scale import LossScale
 from trainer.memory import micro_batch, out_of_memory, recompute_blocks
-from trainer.model import EvolmForCausalLM, rebalance
+from trainer.model import EvolmForCausalLM, forget_loads, rebalance
 from trainer.objective import dropout_stream
 from trainer.optim import set_learning_rate
 from trainer.recipe import Recipe
@@ -333,6 +333,7 @@ class _Run:
     def back_off(self, count: int) -> None:
         """Halve the micro-batch for the rest of the run."""
         self.engine.optimizer.zero_grad(set_to_none=True)
+        forget_loads(self.engine.model)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.micro = -(-min(self.micro, count) // 2)
@@ -348,7 +349,7 @@ class _Run:
         """
         whole, length = self.horizon.sequence_length, self.horizon.length(self.samples)
         tokens, pieces = count * whole, count * whole // length
-        total = torch.zeros((), device=self.device)
+        total, seen = torch.zeros((), device=self.device), []
         shares = passes(count, self.micro, self.ranks.rank, self.ranks.world)
         for share in shares:
             start = self.samples + share.offset
@@ -360,7 +361,9 @@ class _Run:
                 self.engine.backward(loss if self.scale is None else self.scale.scaled(loss))
             total += share.weight * losses.nats.sum() / tokens
             if share.weight:
-                self.meter.add(start, share.samples, losses.nats)
+                seen.append((start, share.samples, losses.nats))
+        for one in seen:  # now that nothing of the step can begin anew
+            self.meter.add(*one)
         return self.ranks.sum(total)
 
     def batch(self, start: int, count: int) -> torch.Tensor:
@@ -390,7 +393,10 @@ class _Run:
         elif not skip:
             self.engine.update()
         if self.recipe.model.ffn == "moe" and self.recipe.model.balance == "bias":
-            rebalance(self.engine.model, self.recipe.model.balance_rate)
+            if skip:
+                forget_loads(self.engine.model)
+            else:
+                rebalance(self.engine.model, self.recipe.model.balance_rate)
         self.engine.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(number)

@@ -125,7 +125,7 @@ def _of_extra(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     if train.optimizer == "lion":
         optimizer = pytorch_optimizer.Lion(_without(groups, "eps"), lr=rate, betas=betas)
     elif train.optimizer == "soap":
-        optimizer = pytorch_optimizer.SOAP(_one_sided(groups), lr=rate, betas=betas)
+        optimizer = pytorch_optimizer.SOAP(_one_sided(groups, recipe.model.d_model), lr=rate, betas=betas)
     elif train.optimizer == "adan":
         optimizer = pytorch_optimizer.Adan(groups, lr=rate, betas=(train.beta1, ADAN_DIFFERENCES, train.beta2))
     else:
@@ -137,11 +137,9 @@ def _without(groups: Groups, key: str) -> Groups:
     return [{name: value for name, value in group.items() if name != key} for group in groups]
 
 
-def _one_sided(groups: Groups) -> Groups:
+def _one_sided(groups: Groups, width: int) -> Groups:
     """Groups for SOAP: the vocabulary's side of embeddings and head is left as it is (section 4 of the paper)."""
     return [
-        {**group, "max_precondition_dim": max(min(one.shape) for one in group["params"])}
-        if group["kind"] in ("embedding", "head")
-        else group
+        {**group, "max_precondition_dim": width} if group["kind"] in ("embedding", "head") else group
         for group in groups
     ]

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from trainer.completep import Kind, factors
+from trainer.completep import factors
 from trainer.recipe import Recipe
+from trainer.weights import Kind
 
 __all__ = ["Kind", "kind_of", "parameter_groups", "writes_to_stream"]
 

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 from trainer.recipe import GATED, Layer, Model, Recipe
 
 Kind = Literal["embedding", "hidden", "router", "head", "vector"]
+"""Token and position embeddings; matrices inside blocks; a mixture's routers; an untied output head; norms, biases and
+gates."""
 
 
 class Weight(NamedTuple):

@@ -62,7 +62,7 @@ def runs(recipe_of, corpus, tmp_path, monkeypatch):
         models.append(build_model(*args))
         return models[-1]
 
-    monkeypatch.setattr("trainer.loop.build_model", built)
+    monkeypatch.setattr("trainer.engines.single.build_model", built)
 
     def watch(progress):
         path.append({name: one.detach().double().clone() for name, one in models[-1].named_parameters()})

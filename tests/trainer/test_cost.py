@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import model_shapes
 import pytest
@@ -22,6 +23,7 @@ from trainer.model.modeling_evolm import EvolmExperts
 from trainer.objective import training_loss
 from trainer.optim import build_optimizer
 from trainer.parameter_groups import kind_of
+from trainer.recipe import OPTIMIZERS_OF_EXTRA, Train
 from trainer.weights import weights
 
 SHAPES = {
@@ -227,20 +229,34 @@ def test_kv_bytes_per_token_are_those_of_the_cache_within_all_windows(recipe_of,
     assert costs(recipe).kv_bytes == bytes_cached(recipe)
 
 
+def bytes_saved(recipe, folder):
+    """Of the tensors in a checkpoint after one step, without the step counters."""
+    model = build_model(recipe, 0)
+    optimizer = build_optimizer(model, recipe)
+    losses = training_loss(model, recipe, random_ids(recipe, rows=1))
+    (losses.objective if losses.balance is None else losses.objective + losses.balance).backward()
+    optimizer.step()
+    state = RunState(samples=1, recipe="r", tokenizer="t", corpus="c", seed=0, horizon=None, seconds=0.0, flops=0.0)
+    save_checkpoint(folder, model, optimizer, state)
+    tensors = {}
+    for name in ("model", "optimizer"):
+        tensors |= load_file(folder / f"{name}.safetensors")
+    return sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(".step"))
+
+
 @every_shape
 def test_checkpoint_bytes_are_those_of_its_tensors(recipe_of, shape, tmp_path):
     recipe = recipe_of(model=shape)
-    model = build_model(recipe, 0)
-    optimizer = build_optimizer(model, recipe)
-    training_loss(model, recipe, random_ids(recipe, rows=1))[0].backward()
-    optimizer.step()
-    state = RunState(samples=1, recipe="r", tokenizer="t", corpus="c", seed=0, horizon=None, seconds=0.0, flops=0.0)
-    save_checkpoint(tmp_path / "checkpoint", model, optimizer, state)
-    tensors = {}
-    for name in ("model", "optimizer"):
-        tensors |= load_file(tmp_path / "checkpoint" / f"{name}.safetensors")
-    stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(".step"))
-    assert costs(recipe).checkpoint_bytes == stored
+    assert costs(recipe).checkpoint_bytes == bytes_saved(recipe, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("optimizer", get_args(Train.model_fields["optimizer"].annotation))
+@pytest.mark.parametrize("shape", [{"ffn": "gelu", "tie_embeddings": False}, {"ffn": "moe", "n_experts": 4}], ids=str)
+def test_checkpoint_bytes_are_those_of_each_optimizer(recipe_of, shape, optimizer, tmp_path):
+    if optimizer in OPTIMIZERS_OF_EXTRA:
+        pytest.importorskip("pytorch_optimizer", reason="the extra `optim`")
+    recipe = recipe_of(model=shape, train={"optimizer": optimizer})
+    assert costs(recipe).checkpoint_bytes == bytes_saved(recipe, tmp_path / "checkpoint")
 
 
 # --- micro-batches ----------------------------------------------------------------------------------------------------

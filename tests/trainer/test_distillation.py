@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from search_spaces.errors import UsageError
 from trainer.checkpoint import read_state
@@ -104,6 +105,32 @@ def test_the_loss_is_that_of_text_and_teacher(taught, corpus, temperature):
     found.objective.backward()
     assert all(parameter.grad is None for parameter in teacher.model.parameters())
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (GraniteConfig, {"logits_scaling": 4.0}),
+        (Gemma2Config, {"final_logit_softcapping": 3.0, "head_dim": 16}),
+        (CohereConfig, {"logit_scale": 0.25}),
+        (None, {"logit_multiplier": 0.5, "logit_softcap": 3.0}),
+    ],
+    ids=["granite", "gemma", "cohere", "evolm"],
+)
+def test_what_a_class_does_to_its_logits_is_done_to_a_teachers(recipe_of, kind, changes):
+    if kind is None:
+        model = build_model(recipe_of(model=changes), 0).eval()
+    else:
+        sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        model = AutoModelForCausalLM.from_config(kind(**sizes, **heads, **changes, initializer_range=0.5)).eval()
+    ids = torch.arange(3, 35).view(2, 16)
+    with torch.no_grad():
+        lesson = Teacher(model, "", share=0.5, temperature=1.0).lesson(ids)
+        logits = lesson.multiplier * lesson.hidden @ lesson.weight.t()
+        logits = lesson.softcap * torch.tanh(logits / lesson.softcap) if lesson.softcap else logits
+        torch.testing.assert_close(logits, model(ids).logits.flatten(0, 1))
+    assert (lesson.multiplier, lesson.softcap) != (1.0, 0.0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -23,11 +23,35 @@ SHAPES = {
     "llama": {"qk_norm": False, "tie_embeddings": False},
     "mixtral": {"ffn": "moe", "n_experts": 4, "qk_norm": False},
     "moe": {"ffn": "moe", "n_experts": 4, "ffn_dim": [32, 64], "n_active_experts": 3},
+    "mistral": {"qk_norm": False, "attention": "sliding", "window": 8},
+    "olmo3": {"qk_norm": "full", "norm_placement": "post", "attention": ["full", "sliding"], "window": 8},
+    "gemma2": {"qk_norm": False, "norm_placement": "sandwich", "attention_softcap": 5.0, "logit_softcap": 8.0},
+    "alibi": {"positions": ["alibi", "rope"], "attention": ["sliding", "full"], "window": 8, "bias": "all"},
+    "odd": {
+        "positions": ["none", "rope"],
+        "attention": ["full", "sliding"],
+        "window": 8,
+        "norm": "layernorm",
+        "parallel_block": True,
+        "recursion": [1, 2],
+        "ffn": "moe",
+        "n_experts": 4,
+        "n_shared_experts": 1,
+        "n_dense_layers": 1,
+        "balance": "bias",
+        "rope_scaling": "yarn",
+        "rope_factor": 2.0,
+        "logit_softcap": 8.0,
+        "logit_multiplier": 0.5,
+        "residual_multiplier": 0.5,
+    },
     "evolm": {"n_heads": [4, 2], "n_kv_heads": [2, 1], "head_dim": 8, "ffn_dim": [48, 96], "ffn": "relu2"},
 }
 
-OWN = ("evolm", "moe")
+OWN = ("evolm", "moe", "alibi", "odd")
 """Those that no stock class knows."""
+
+CODE = ["configuration_evolm.py", "layers_evolm.py", "modeling_evolm.py", "positions_evolm.py"]
 
 LOADER = """
 import json, sys
@@ -97,7 +121,12 @@ def change_config(folder, **values):
         ("qwen3", "Qwen3ForCausalLM", "stock"),
         ("llama", "LlamaForCausalLM", "stock"),
         ("mixtral", "MixtralForCausalLM", "stock"),
+        ("mistral", "MistralForCausalLM", "stock"),
+        ("olmo3", "Olmo3ForCausalLM", "stock"),
+        ("gemma2", "Gemma2ForCausalLM", "stock"),
         ("moe", "EvolmForCausalLM", "evolm"),
+        ("alibi", "EvolmForCausalLM", "native"),
+        ("odd", "EvolmForCausalLM", "evolm"),
         ("evolm", "EvolmForCausalLM", "evolm"),
     ],
 )
@@ -110,7 +139,7 @@ def test_a_stock_class_is_chosen_where_there_is_one(exported, name, kind, tier):
 @every_shape
 def test_only_our_own_class_brings_code(exported, name):
     code = sorted(path.name for path in (exported[0] / name).glob("*.py"))
-    assert code == (["configuration_evolm.py", "modeling_evolm.py"] if name in OWN else [])
+    assert code == (CODE if name in OWN else [])
     assert ("auto_map" in json.loads((exported[0] / name / "config.json").read_text())) is (name in OWN)
 
 
@@ -154,7 +183,7 @@ def test_the_receipt_says_what_was_compared(exported, corpus, name):
     assert receipt["tokenizer"] == corpus.tokenizer.digest
     assert set(receipt["max_logit_difference"]) == {"full", "cached", "padded"}
     assert max(receipt["max_logit_difference"].values()) <= receipt["tolerance"] < 1e-4
-    assert receipt["disturbed"] > 100 * receipt["tolerance"]
+    assert receipt["disturbed"] > 20 * receipt["tolerance"]
     assert receipt["tokens"] == 4 * 32
 
 
@@ -193,6 +222,34 @@ def test_a_configuration_that_says_something_else_is_seen(trained, folder, chang
     change_config(folder, **change)
     with pytest.raises(ParityError, match=r"qwen3: logits differ by"):
         check_parity(trained["qwen3"], folder)
+
+
+@pytest.mark.parametrize("window", [7, 9, 16])
+@pytest.mark.parametrize("folder", ["mistral", "olmo3", "odd"], indirect=True)
+def test_another_window_is_seen(trained, folder, window):
+    check_parity(trained[folder.name], folder)
+    change_config(folder, sliding_window=window)
+    with pytest.raises(ParityError):
+        check_parity(trained[folder.name], folder)
+
+
+@pytest.mark.parametrize("folder", ["olmo3"], indirect=True)
+def test_another_rotary_base_of_sliding_layers_alone_is_seen(trained, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["sliding_attention"]["rope_theta"] = 500_000.0
+    change_config(folder, rope_parameters=config["rope_parameters"])
+    with pytest.raises(ParityError):
+        check_parity(trained["olmo3"], folder)
+
+
+@pytest.mark.parametrize("folder", ["gemma2"], indirect=True)
+@pytest.mark.parametrize(
+    "change", [{"attn_logit_softcapping": None}, {"final_logit_softcapping": 9.0}, {"query_pre_attn_scalar": 17}]
+)
+def test_another_softcap_is_seen(trained, folder, change):
+    change_config(folder, **change)
+    with pytest.raises(ParityError):
+        check_parity(trained["gemma2"], folder)
 
 
 @pytest.mark.parametrize("folder", ["evolm"], indirect=True)
@@ -278,7 +335,7 @@ def test_our_class_is_known_to_transformers(exported, trained):
 
 @pytest.mark.parametrize("folder", ["evolm"], indirect=True)
 def test_code_that_a_folder_carries_is_never_run(folder):
-    for name in ("configuration_evolm.py", "modeling_evolm.py"):
+    for name in CODE:
         (folder / name).write_text("raise SystemExit('ran')\n")
     assert load_model(folder).config.model_type == "evolm"
 
@@ -309,13 +366,13 @@ def elsewhere(exported, tmp_path_factory):
         ("qwen3", "", "Qwen3ForCausalLM", "transformers.models.qwen3.modeling_qwen3"),
         ("mixtral", "", "MixtralForCausalLM", "transformers.models.mixtral.modeling_mixtral"),
         ("evolm", "remote", "EvolmForCausalLM", "transformers_modules."),
-        ("moe", "remote", "EvolmForCausalLM", "transformers_modules."),
+        ("odd", "remote", "EvolmForCausalLM", "transformers_modules."),
     ],
     ids=[
         "stock class",
         "stock mixture",
         "our class by the code in the folder",
-        "our mixture by the code in the folder",
+        "many genes at once by the code in the folder",
     ],
 )
 @torch.no_grad()

@@ -46,7 +46,7 @@ def one(recipe_of):
 
 def test_gradients_have_their_own_size_when_they_are_used(one):
     module, optimizer, scale = one
-    scale.backward((3 * module.weight).sum())
+    scale.scaled((3 * module.weight).sum()).backward()
     assert (module.weight.grad > 3 * 2**15).all()
     scale.unscale(optimizer)
     torch.testing.assert_close(module.weight.grad, torch.full((2, 2), 3.0))
@@ -59,7 +59,7 @@ def test_an_overflow_leaves_the_weights_and_halves_the_scale(recipe_of, optimize
     module, scale = One(), LossScale(CPU)
     optimizer = build_optimizer(module, recipe_of(train={"optimizer": optimizer}))
     before = scale.state()["scale"]
-    scale.backward((3e38 * module.weight).sum() + module.bias.sum())
+    scale.scaled((3e38 * module.weight).sum() + module.bias.sum()).backward()
     scale.unscale(optimizer)
     scale.step(optimizer)
     assert torch.equal(module.weight.detach(), torch.ones(2, 2))
@@ -70,7 +70,7 @@ def test_an_overflow_leaves_the_weights_and_halves_the_scale(recipe_of, optimize
 def test_a_step_that_is_skipped_leaves_weights_and_scale(one):
     module, optimizer, scale = one
     before = scale.state()["scale"]
-    scale.backward(module.weight.sum())
+    scale.scaled(module.weight.sum()).backward()
     scale.unscale(optimizer)
     scale.step(optimizer, skip=True)
     assert torch.equal(module.weight.detach(), torch.ones(2, 2))
@@ -83,7 +83,7 @@ def test_which_overflows_are_the_scales_fault():
     assert not scale.overflowed(1, 5.0, 1.0)
     assert not scale.overflowed(1, float("nan"), float("nan"))  # no scale makes a loss infinite
     scale.load({**scale.state(), "scale": SMALLEST / 2})
-    scale.backward(torch.ones(1, requires_grad=True).sum())  # the scale is made when it is first used
+    scale.scaled(torch.ones(1, requires_grad=True).sum()).backward()  # the scale is made when it is first used
     with pytest.raises(Diverged, match="step 9: gradient norm inf in fp16"):
         scale.overflowed(9, 5.0, float("inf"))
 

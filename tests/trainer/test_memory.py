@@ -92,7 +92,7 @@ def small(monkeypatch):
             model.model.register_forward_pre_hook(refuse)
             return model
 
-        monkeypatch.setattr("trainer.loop.build_model", built)
+        monkeypatch.setattr("trainer.engines.single.build_model", built)
 
     return limit
 
@@ -104,7 +104,7 @@ def test_too_large_a_micro_batch_is_halved_and_nothing_else_changes(
     recipe_of, corpus, small, fits, backoffs, after, model
 ):
     """Adam's epsilon is large here: it makes of a rounding error in a gradient near zero a step of full size."""
-    recipe, seen = recipe_of(model=model, train={"adam_eps": 1e-3}), []
+    recipe, seen = recipe_of(model=model, train={"adam_eps": 1e-2}), []
     whole = train(recipe, corpus=corpus, tokens=8 * STEP + 64)
     small(fits, after)
     halved = train(recipe, lambda progress: seen.append(progress) or True, corpus=corpus, tokens=8 * STEP + 64)
@@ -125,7 +125,7 @@ def test_the_gradient_of_what_did_fit_is_forgotten(recipe_of, corpus, monkeypatc
             raise torch.OutOfMemoryError("out of memory")
         return training_loss(*args, **options)
 
-    monkeypatch.setattr("trainer.loop.training_loss", failing)
+    monkeypatch.setattr("trainer.engines.single.training_loss", failing)
     halved = train(recipe, corpus=corpus, tokens=4 * STEP)
     assert (halved.oom_backoffs, halved.micro_batch_tokens) == (1, 32)
     torch.testing.assert_close(weights(halved), weights(whole), atol=1e-6, rtol=1e-5)
@@ -144,7 +144,7 @@ def test_other_errors_are_no_reason_to_halve(recipe, corpus, monkeypatch):
         calls.append(1)
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr("trainer.loop.training_loss", broken)
+    monkeypatch.setattr("trainer.engines.single.training_loss", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         train(recipe, corpus=corpus, tokens=STEP)
     assert len(calls) == 1
@@ -209,3 +209,26 @@ def test_a_run_with_recomputed_blocks_is_the_same_run(recipe_of, corpus, model):
         for on in (False, True)
     )
     assert torch.equal(weights(plain), weights(again))
+
+
+BIASED = {**MOE, "balance": "bias", "balance_rate": 0.05}
+
+
+def test_the_balance_of_experts_too_is_that_of_a_step_that_was_not_begun_anew(recipe_of, corpus, monkeypatch):
+    recipe, calls = recipe_of(model=BIASED, train={"adam_eps": 1e-3, "micro_batch_tokens": 64}), itertools.count()
+    whole = train(recipe, corpus=corpus, tokens=4 * STEP)
+
+    def failing(*args, **options):
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return training_loss(*args, **options)
+
+    monkeypatch.setattr("trainer.engines.single.training_loss", failing)
+    told = []
+    halved = train(recipe, lambda p: told.append(p.details()) or True, corpus=corpus, tokens=4 * STEP)
+    monkeypatch.undo()
+    plain = []
+    train(recipe, lambda p: plain.append(p.details()) or True, corpus=corpus, tokens=4 * STEP)
+    for (name, one), other in zip(halved.model.named_buffers(), whole.model.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    assert [one["loss/tales"] for one in told] == pytest.approx([one["loss/tales"] for one in plain], abs=1e-5)

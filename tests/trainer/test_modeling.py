@@ -3,11 +3,12 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from model_shapes import MOE, PER_LAYER, SHAPES, VOCABULARY, random_ids, shaken, shapes
+from model_shapes import MOE, PER_LAYER, SHAPES, SLIDING, VOCABULARY, random_ids, shaken, shapes
 from reference_transformer import reference_logits
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainer.attention_kernels import attention_kernel
 from trainer.model import EvolmConfig, EvolmForCausalLM, build_model, config_of
 
 
@@ -58,14 +59,16 @@ def test_a_later_token_never_moves_an_earlier_logit(model_of, shape):
 
 
 @every_shape
+@pytest.mark.parametrize("kernel", ["sdpa", "evolm_blocked"])
 @torch.no_grad()
-def test_eager_attention_equals_the_fused_kernel(model_of, shape):
+def test_eager_attention_equals_faster_kernels(model_of, shape, kernel):
     if "attention_softcap" in shape:
-        pytest.skip("the fused kernel knows no softcap")
+        pytest.skip("they know no softcap")
     model, ids = model_of(**shape), random_ids()
-    fused = model(ids).logits
+    model.set_attn_implementation(kernel)
+    faster = model(ids).logits
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(ids).logits, fused, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(ids).logits, faster, atol=1e-5, rtol=1e-4)
 
 
 @every_shape
@@ -207,21 +210,88 @@ def test_weights_come_from_the_seed_alone(recipe):
     assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("shape", [{}, {**MOE, "n_experts": 32}], ids=["dense", "moe"])
-def test_what_writes_to_the_residual_stream_begins_smaller(recipe_of, shape):
+@pytest.mark.parametrize(
+    ("shape", "branches"),
+    [({}, 16), ({**MOE, "n_experts": 32}, 16), ({"recursion": 3}, 32), ({"bias": "all", "norm": "layernorm"}, 16)],
+    ids=["dense", "moe", "recursive", "biased"],
+)
+def test_what_writes_to_the_residual_stream_begins_smaller(recipe_of, shape, branches):
     recipe = recipe_of(model={"d_model": 128, "n_layers": 8, "n_heads": 4, "init_std": 0.05, **shape})
     for name, weight in build_model(recipe, 0).named_parameters():
-        if "norm" in name:
+        if name.endswith(".bias"):
+            assert not weight.any()
+        elif "norm" in name:
             assert torch.equal(weight, torch.ones_like(weight))
         else:
             residual = "o_proj" in name or "down_proj" in name
-            assert weight.std().item() == pytest.approx(0.05 / (4 if residual else 1), rel=0.05)
+            assert weight.std().item() == pytest.approx(0.05 / (branches**0.5 if residual else 1), rel=0.05)
+
+
+ZERO_SHAPES = ("mha", "norms after", "norms around", "parallel", "moe", "recursion", "bias of all", "layernorm")
+
+
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in ZERO_SHAPES], ids=ZERO_SHAPES)
+def test_blocks_that_begin_as_zero_pass_on_what_they_read_and_learn(recipe_of, shape):
+    model, ids = build_model(recipe_of(model={**shape, "zero_init": True}), 0).train(), random_ids()
+    hidden = model.model(ids).last_hidden_state
+    torch.testing.assert_close(hidden, model.model.norm(model.model.embed_tokens(ids)))
+    model(ids, labels=ids).loss.backward()
+    moved = [name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()]
+    for layer in range(2):
+        assert any(name.startswith(f"model.layers.{layer}.") for name in moved)
 
 
 def test_tied_embeddings_are_one_tensor(recipe_of):
     tied, untied = (build_model(recipe_of(model={"tie_embeddings": tie}), 0) for tie in (True, False))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+# --- head and dropout -------------------------------------------------------------------------------------------------
+
+
+@every_shape
+@torch.no_grad()
+def test_the_head_is_what_turns_hidden_states_into_logits(model_of, shape):
+    model, ids = model_of(**shape), random_ids()
+    head = model.head()
+    logits = head.multiplier * model.model(ids).last_hidden_state @ head.weight.T
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["dropout", "attention_dropout"])
+@pytest.mark.parametrize("shape", [{}, {"norm_placement": "post"}, {"parallel_block": True}, SLIDING], ids=str)
+@torch.no_grad()
+def test_dropout_is_of_training_alone_and_its_mean_is_the_model(model_of, shape, field):
+    model, plain, ids = model_of(**shape, **{field: 0.2}), model_of(**shape), random_ids()
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    torch.manual_seed(0)
+    first, second = (model.train()(ids).logits for _ in range(2))
+    assert not torch.allclose(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(model(ids).logits, first)
+
+
+@torch.no_grad()
+def test_dropout_leaves_expectations_as_they_are(recipe_of):
+    """What a layer that is linear in its dropout gives on average: the embeddings before the first block."""
+    model, ids = build_model(recipe_of(model={"dropout": 0.5}), 0).train(), random_ids()
+    torch.manual_seed(0)
+    embedded = model.model.embed_tokens(ids)
+    draws = torch.stack([model.model.embed(embedded, torch.arange(16)[None]) for _ in range(400)])
+    assert ((draws == 0).float().mean() - 0.5).abs() < 0.01
+    assert (draws.mean(dim=0) - embedded).abs().mean() < 0.1 * embedded.abs().mean()
+
+
+def test_a_softcap_chooses_a_kernel_that_knows_it(recipe_of):
+    bent = recipe_of(model={"attention_softcap": 5.0})
+    assert [attention_kernel(bent, kind) for kind in ("cpu", "cuda")] == ["eager", "flex"]
+    dropped = recipe_of(model={"attention_softcap": 5.0, "attention_dropout": 0.1})
+    distant = recipe_of(model={"attention_softcap": 5.0, "positions": ["rope", "alibi"]})
+    assert [attention_kernel(recipe, "cuda") for recipe in (dropped, distant)] == ["eager", "eager"]
+    assert build_model(bent, 0).config._attn_implementation == "eager"
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

@@ -31,14 +31,14 @@ def test_pieces_are_sequences_of_their_own_that_predict_the_same_tokens(recipe_o
             expected += functional.cross_entropy(logits, row[start + 1 : start + length + 1], reduction="sum")
             balance += 0.25 * load_imbalance(output.router_logits, 2) if model else 0
     torch.testing.assert_close(found.nats.sum(), expected)
-    assert torch.equal(found.objective.detach(), found.nats.sum())
+    torch.testing.assert_close(found.objective.detach(), expected)
     if model:
         torch.testing.assert_close(found.balance, balance)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
-DROPPING = {"attention_dropout": 0.5}
+DROPPING = {"attention_dropout": 0.5, "dropout": 0.2}
 
 
 def drawn(recipe, seed=0, sample=0):
@@ -64,24 +64,10 @@ def test_the_global_random_state_is_left_as_it_was(recipe_of):
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.fixture
-def dropping(monkeypatch):
-    """Models whose attention drops half of what it attends to."""
-
-    def built(*args):
-        model = build_model(*args)
-        for layer in model.model.layers:
-            layer.self_attn.attention_dropout = 0.5
-        return model
-
-    monkeypatch.setattr("trainer.loop.build_model", built)
-
-
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.usefixtures("dropping")
 @pytest.mark.parametrize("train_section", [{}, {"gradient_checkpointing": True}], ids=["plain", "recomputed"])
 def test_a_run_with_dropout_that_goes_on_is_the_same_run(recipe_of, corpus, tmp_path, train_section):
     recipe = recipe_of(model=DROPPING, train={"micro_batch_tokens": 64, **train_section})
@@ -95,7 +81,6 @@ def test_a_run_with_dropout_that_goes_on_is_the_same_run(recipe_of, corpus, tmp_
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("dropping")
 def test_recomputed_blocks_drop_the_same_again(recipe_of, corpus, tmp_path):
     for on in (False, True):
         recipe = recipe_of(model=DROPPING, train={"gradient_checkpointing": on})
@@ -103,7 +88,6 @@ def test_recomputed_blocks_drop_the_same_again(recipe_of, corpus, tmp_path):
     assert weights(tmp_path / "True") == weights(tmp_path / "False")
 
 
-@pytest.mark.usefixtures("dropping")
 def test_dropout_is_at_work_and_of_the_seed(recipe_of, corpus):
     first = {}
     for seed in (0, 0, 1):
@@ -118,4 +102,4 @@ def test_dropout_is_at_work_and_of_the_seed(recipe_of, corpus):
     plain = set()
     train(recipe_of(), lambda p: plain.add(p.loss) or False, corpus=corpus, tokens=STEP)
     assert len(first[0]) == 1
-    assert first[0] != first[1]
+    assert len({*first[0], *first[1], *plain}) == 3

@@ -5,11 +5,14 @@ import torch
 
 from search_spaces.errors import UsageError
 from trainer import extras
+from trainer.cost import optimizer_entries
 from trainer.extras import missing_extra, unusable_precision
 from trainer.model import build_model
 from trainer.muon import Muon, orthogonalised
 from trainer.optim import ADAN_DIFFERENCES, ADEMAMIX_SLOW, Together, build_optimizer, set_learning_rate
+from trainer.optimizer_state import optimizer_state
 from trainer.recipe import OPTIMIZERS_OF_EXTRA
+from trainer.weights import weights
 
 
 class Two(torch.nn.Module):
@@ -254,6 +257,31 @@ def test_which_parameters_muon_is_for(recipe_of):
     assert not inside & outside
     assert all("proj" in name for name in inside)
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.gate.weight"} <= outside
+
+
+# --- what they keep ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", *OPTIMIZERS_OF_EXTRA])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"positions": "learned"},
+        {"ffn": "moe", "n_experts": 4, "n_shared_experts": 1, "tie_embeddings": False, "bias": "all"},
+    ],
+    ids=["dense", "moe"],
+)
+def test_what_an_optimiser_keeps_is_what_it_is_predicted_to(recipe_of, name, model):
+    recipe = recipe_of(model=model, train={"optimizer": name})
+    built = build_model(recipe, 0)
+    optimizer = build_optimizer(built, recipe)
+    ids = torch.arange(3, 35).unsqueeze(0)
+    for _ in range(2):
+        built(ids, labels=ids).loss.backward()
+        optimizer.step()
+    tensors, _ = optimizer_state(optimizer)
+    kept = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".step"))
+    assert kept == optimizer_entries(recipe, list(weights(recipe)))
 
 
 # --- two as one -------------------------------------------------------------------------------------------------------

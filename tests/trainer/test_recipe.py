@@ -73,6 +73,11 @@ def test_a_whole_number_is_a_number():
         ("model", "d_model", 8, 0),
         ("model", "n_active_experts", 1, 0),
         ("model", "balance_loss", 0, -0.1),
+        ("model", "window", 2, 1),
+        ("model", "rope_fraction", 1, 1.1),
+        ("model", "dropout", 0, 1),
+        ("model", "logit_softcap", 0, -1),
+        ("model", "residual_multiplier", 0.1, 0),
         ("train", "learning_rate", 1, 1.001),
         ("train", "beta1", 0, 1),
         ("train", "beta2", 0.999999, 1),
@@ -169,6 +174,56 @@ def test_rotary_positions_need_pairs(model):
     assert "is odd, rotary positions need pairs" in refusal(model=model)
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            {"head_dim": 6, "rope_fraction": 0.5},
+            "layer 0: rope_fraction = 0.5 of head_dim = 6 is 3, rotary positions need",
+        ),
+        (
+            {"head_dim": 8, "rope_fraction": 0.1},
+            "layer 0: rope_fraction = 0.1 of head_dim = 8 is 0, rotary positions need",
+        ),
+        ({"rope_factor": 2.0}, "model.rope_factor = 2 goes with rope_scaling linear or yarn, not none"),
+        (
+            {"rope_scaling": "yarn", "rope_theta": 1.0},
+            "model.rope_theta = 1 is too small for rope_scaling yarn, which takes more than 1",
+        ),
+    ],
+)
+def test_rotary_positions_that_cannot_be(model, words):
+    assert words in refusal(model=model)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "none", "alibi", ["alibi", "none"]])
+def test_heads_that_are_not_turned_may_be_odd(positions):
+    assert recipe(model={"n_layers": 2, "head_dim": 7, "positions": positions}).model.layers()[0].head_dim == 7
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_what_is_added_to_embeddings_leaves_layers_without_positions(positions):
+    assert {layer.positions for layer in Model(positions=positions).layers()} == {"none"}
+    with pytest.raises(ValidationError):
+        Model(n_layers=2, positions=[positions, "rope"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "model", "words"),
+    [
+        ("sdpa", {"attention_softcap": 5.0}, "'sdpa' knows no model.attention_softcap; take auto, flex or eager"),
+        ("blocked", {"attention_softcap": 5.0}, "'blocked' knows no model.attention_softcap; take auto, flex or eager"),
+        ("blocked", {"attention_dropout": 0.1}, "'blocked' knows no model.attention_dropout; take auto, sdpa or eager"),
+        ("flex", {"attention_dropout": 0.1}, "'flex' knows no model.attention_dropout; take auto, sdpa or eager"),
+        ("flex", {"positions": "alibi"}, "'flex' cannot add alibi's distances; take auto, sdpa or eager"),
+    ],
+)
+def test_attention_kernels_that_cannot_compute_it(kernel, model, words):
+    assert refusal(model=model, train={"attention_kernel": kernel}) == f"train.attention_kernel = {words}"
+    for other in ("auto", "eager"):
+        assert recipe(model=model, train={"attention_kernel": other}).train.attention_kernel == other
+
+
 def test_heads_that_differ_between_layers_need_a_size():
     words = refusal(model={"n_layers": 2, "n_heads": [2, 4]})
     assert words == "model.n_heads differs between layers, so model.head_dim must be given"
@@ -197,6 +252,12 @@ def test_the_mix_names_the_sources(mix, words):
         (
             {"ffn": "moe", "n_experts": 2, "n_active_experts": 3},
             "model.n_active_experts = 3 is more than n_experts = 2",
+        ),
+        ({"n_shared_experts": 1}, "model.n_shared_experts = 1 goes with ffn 'moe', not 'swiglu'"),
+        ({"n_dense_layers": 1}, "model.n_dense_layers = 1 goes with ffn 'moe', not 'swiglu'"),
+        (
+            {"ffn": "moe", "n_experts": 2, "n_layers": 3, "n_dense_layers": 3},
+            "model.n_dense_layers = 3 leaves no mixture in n_layers = 3",
         ),
     ],
 )

@@ -81,7 +81,11 @@ def test_a_value_of_a_few_gets_the_nearest():
         'must be one of swiglu, geglu, reglu, gelu, silu, relu2, moe, is "swigul"',
         "did you mean 'swiglu'?",
     )
-    assert only(train={"optimizer": "muon"}) == (("train", "optimizer"), 'must be one of adamw, is "muon"', None)
+    assert only(train={"precision": "int3"}) == (
+        ("train", "precision"),
+        'must be one of fp32, bf16, fp16, is "int3"',
+        None,
+    )
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,16 @@ def test_it_does_not_matter_where_a_run_was_stopped(recipe_of, corpus, stopped, 
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("model", [{}, {"ffn": "moe", "n_experts": 2}], ids=["dense", "moe"])
+def test_soap_goes_on_with_the_bases_that_it_had(recipe_of, corpus, stopped, tmp_path, model):
+    """Past the tenth step, at which they turn: in which order a matrix lies in memory decides how its products round."""
+    recipe = recipe_of(model=model, train={"optimizer": "soap"})
+    train(recipe, corpus=corpus, tokens=16 * STEP, checkpoints=Checkpoints(final=tmp_path / "whole"))
+    start = stopped(recipe, 12, 16 * STEP)
+    train(recipe, corpus=corpus, tokens=16 * STEP, start=start, checkpoints=Checkpoints(final=tmp_path / "parts"))
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
 def test_a_run_may_be_stopped_after_every_step(recipe_of, corpus, tmp_path):
     recipe, latest = recipe_of(train=DECAYING), tmp_path / "latest"
     train(recipe, corpus=corpus, tokens=TOKENS + 40, checkpoints=Checkpoints(final=tmp_path / "whole"))

@@ -104,7 +104,7 @@ def models(draw):
         model |= {
             "n_experts": draw(st.integers(2, 8)),
             "n_shared_experts": draw(st.integers(0, 2)),
-            "n_dense_layers": draw(st.integers(0, layers)),
+            "n_dense_layers": draw(st.integers(0, layers - 1)),
             "dense_ffn_dim": draw(st.sampled_from([None, 96])),
         }
     return model

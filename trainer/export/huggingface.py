@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from search_spaces.errors import UsageError
 from trainer.data.tokenizer import BOS, EOS, PAD, Tokenizer
-from trainer.export.lower import lower, published_weights
+from trainer.export.lower import lower, published_weights, tier
 from trainer.export.parity import check_parity
 from trainer.model import EvolmForCausalLM, configuration_evolm, layers_evolm, modeling_evolm, positions_evolm
 from trainer.recipe import SPECIAL_TOKENS
@@ -38,21 +38,21 @@ def export_huggingface(
     """Write the folder, load it again, compare its logits with the model's, and return the receipt.
 
     `about` says where the model comes from and is kept as `evolm.json`. The receipt stands in `parity.json`: the
-    class, the tier (`stock` or `evolm`), and the largest differences. An export that fails the comparison leaves no
-    folder: raises ParityError.
+    class, the tier and its reason (see `tier`), and the largest differences. An export that fails the comparison leaves
+    no folder: raises ParityError.
     """
     _refuse_foreign(folder)
-    lowered = lower(model)
-    stock = lowered is not model
+    lowered, reached = lower(model), tier(model.config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        _write_model(lowered, temporary, remote_code=not stock)
+        _write_model(lowered, temporary, remote_code=reached.name != "stock")
         _write_tokenizer(tokenizer, temporary, model.config.max_position_embeddings)
         receipt = {
             "class": type(lowered).__name__,
-            "tier": "stock" if stock else "evolm",
+            "tier": reached.name,
+            "reason": reached.reason,
             "tokenizer": tokenizer.digest,
             **check_parity(model, temporary),
         }

@@ -1,97 +1,126 @@
 """Lowering: a genome that says no more than a stock class can say is exported as that class.
 
 Stock classes need no code of ours and are the ones that serving engines know best. Weight names are shared with the
-Llama family, so lowering copies a configuration and tensors, whose content at most takes multipliers up (`folded`).
-Files of Mixtral alone name their weights otherwise than the class does, and hold its experts one by one:
-`published_weights` takes the stacks apart.
-
-    swiglu, layers alike, no qk-norm    LlamaForCausalLM
-    swiglu, layers alike, qk-norm       Qwen3ForCausalLM
-    moe, layers alike, no qk-norm       MixtralForCausalLM
-    anything else                       EvolmForCausalLM, with its modelling files
+Llama family, so lowering mostly copies. Multipliers are taken up by weights (`folded`), and biases that a class has and
+the model has not are zero.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import MixtralForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
 from trainer.export.fold import folded
+from trainer.export.stock import CLASSES, Stock, demands
 from trainer.model import EvolmConfig, EvolmForCausalLM
 
+Weights = dict[str, torch.Tensor]
 
-def stock_class(config: EvolmConfig) -> tuple[type[PreTrainedModel], Any] | None:
-    """The stock class and its configuration that compute the same function, or None when there is none."""
-    if config.is_heterogeneous or config.ffn not in ("swiglu", "moe") or (config.ffn == "moe" and config.qk_norm):
-        return None
-    if config.ffn == "swiglu" and not config.qk_norm and config.hidden_size % config.num_attention_heads:
-        return None  # LlamaConfig refuses it, whatever the head size
-    shared = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": dict(config.rope_parameters or {}),
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-    }
-    if config.ffn == "moe":
-        experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
-        return MixtralForCausalLM, MixtralConfig(**shared, **experts)
-    if config.qk_norm:
-        return Qwen3ForCausalLM, Qwen3Config(**shared)
-    return LlamaForCausalLM, LlamaConfig(**shared)
+
+@dataclass(frozen=True)
+class Tier:
+    """How far an exported model carries, and why.
+
+    `stock`: a class of transformers, which needs no code of ours. `evolm`: EvolmForCausalLM with its modelling files,
+    in transformers and in engines that run transformers' classes with kernels of their own. `native`: in transformers
+    alone.
+    """
+
+    name: Literal["stock", "evolm", "native"]
+    model: str
+    reason: str
+
+
+def tier(config: EvolmConfig) -> Tier:
+    """The tier of a model, the name of its class, and the reason."""
+    if (stock := stock_of(config)) is not None:
+        return Tier("stock", stock.name, f"{stock.name} computes the same")
+    demanded = demands(config)
+    known = frozenset[str]().union(*(stock.needs | stock.can for stock in CLASSES))
+    alone = sorted(demanded - known)
+    if alone:
+        reason = f"no stock class has {', '.join(alone)}"
+    else:
+        reason = f"no stock class has {', '.join(sorted(demanded))} {'together' if len(demanded) > 1 else 'alone'}"
+    if "alibi" in demanded:
+        return Tier("native", "EvolmForCausalLM", f"{reason}; kernels of serving engines add no distances to scores")
+    return Tier("evolm", "EvolmForCausalLM", reason)
+
+
+def stock_of(config: EvolmConfig) -> Stock | None:
+    """The first stock class that computes what this configuration says, or None."""
+    demanded = demands(config)
+    return next((one for one in CLASSES if one.needs <= demanded <= one.needs | one.can), None)
 
 
 def lower(model: EvolmForCausalLM) -> PreTrainedModel:
-    """The model as a stock class with the same weights, multipliers folded into them, or the model itself. Raises
-    RuntimeError if the weights differ."""
-    config, weights = folded(model)
-    stock = stock_class(config)
+    """The model as a stock class with the same logits, or as EvolmForCausalLM. Raises RuntimeError where the weights of
+    the two do not pair up."""
+    stock = stock_of(model.config)
     if stock is None:
-        return model
-    kind, config = stock
+        return _of_our_own(model)
     with torch.random.fork_rng(devices=[]):
-        lowered = kind._from_config(config, dtype=torch.float32)
+        lowered = stock.model._from_config(stock.config(model.config), dtype=torch.float32)
+    _, weights = folded(model)
+    if stock.shifted:
+        weights = _shifted(weights, model.config)
+    for ours, theirs in stock.renamed:
+        weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
+    for name, tensor in lowered.state_dict().items():
+        if name.endswith(".bias"):
+            weights.setdefault(name, torch.zeros_like(tensor))
     lowered.load_state_dict(weights, strict=True)
     return lowered.eval()
 
 
-def published_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights under the names that files of the model's class carry."""
-    weights: dict[str, torch.Tensor] = model.state_dict()
-    if not isinstance(model, MixtralForCausalLM):
+def _of_our_own(model: EvolmForCausalLM) -> EvolmForCausalLM:
+    """The model as it is; but engines multiply logits after they bend them, so that a multiplier is folded where there
+    is a softcap too."""
+    if model.config.logit_scale == 1.0 or not model.config.final_logit_softcapping:
+        return model
+    config, weights = folded(model)
+    with torch.random.fork_rng(devices=[]):
+        bare: EvolmForCausalLM = EvolmForCausalLM._from_config(config, dtype=torch.float32)
+    bare.load_state_dict(weights, strict=True)
+    bare.eval()
+    return bare
+
+
+def _shifted(weights: Weights, config: EvolmConfig) -> Weights:
+    """For classes whose norms multiply by 1 + weight and whose embeddings are multiplied by the root of the width: the
+    final norm makes up for that where the embeddings are the head's too."""
+    root = config.hidden_size**0.5
+    shifted = {name: tensor - 1 if "norm" in name else tensor for name, tensor in weights.items()}
+    for name in ("model.embed_tokens.weight", *(("lm_head.weight",) if config.tie_word_embeddings else ())):
+        shifted[name] = weights[name] / root
+    if config.tie_word_embeddings:
+        shifted["model.norm.weight"] = weights["model.norm.weight"] * root - 1
+    return shifted
+
+
+def published_weights(model: PreTrainedModel) -> Weights:
+    """The weights under the names that files of the model's class carry: those of mixtures hold experts one by one."""
+    weights: Weights = model.state_dict()
+    if isinstance(model, MixtralForCausalLM):
+        block, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
+    elif isinstance(model, Qwen3MoeForCausalLM):
+        block, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
+    else:
         return weights
     published = {}
     for name, tensor in weights.items():
         layer, _, part = name.partition(".mlp.experts.")
         if part == "gate_up_proj":
-            stacks = dict(zip(("w1", "w3"), tensor.chunk(2, dim=1), strict=True))
+            stacks = dict(zip((gate, up), tensor.chunk(2, dim=1), strict=True))
         elif part == "down_proj":
-            stacks = {"w2": tensor}
+            stacks = {down: tensor}
         else:
             stacks = {}
-            published[name.replace(".mlp.", ".block_sparse_moe.")] = tensor
+            published[name.replace(".mlp.", f".{block}.")] = tensor
         for matrix, stack in stacks.items():
             for index, expert in enumerate(stack):
-                published[f"{layer}.block_sparse_moe.experts.{index}.{matrix}.weight"] = expert.clone()
+                published[f"{layer}.{block}.experts.{index}.{matrix}.weight"] = expert.clone()
     return published

@@ -52,18 +52,20 @@ def _on_cpu(model: EvolmForCausalLM) -> EvolmForCausalLM:
 
 
 def _random_ids(model: EvolmForCausalLM) -> torch.Tensor:
-    """Ids over the whole vocabulary, as long as the model was trained for, up to 128 positions."""
+    """Ids over the whole vocabulary: as many positions as it takes to see a window that is wrong, more than twice as
+    many, and 128 at least, but no more than the model's context has."""
     generator = torch.Generator().manual_seed(0)
-    length = min(128, model.config.max_position_embeddings)
+    longest = max(128, 2 * (model.config.sliding_window or 0) + 1)
+    length = min(longest, model.config.max_position_embeddings)
     return torch.randint(model.config.vocab_size, (4, length), generator=generator)
 
 
 def _cached(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of a prefill of half the sequence and one step for each further token."""
-    half = ids.shape[1] // 2
-    output = model(ids[:, :half], use_cache=True)
+    """The logits of a prefill and one step for each further token: the second half of the sequence, at most 64."""
+    first = max(ids.shape[1] // 2, ids.shape[1] - 64)
+    output = model(ids[:, :first], use_cache=True)
     logits = [output.logits]
-    for position in range(half, ids.shape[1]):
+    for position in range(first, ids.shape[1]):
         output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)

@@ -5,7 +5,7 @@ Importing this package makes `transformers.AutoModelForCausalLM` know it.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from trainer.model.balance import expert_loads, rebalance
+from trainer.model.balance import expert_loads, forget_loads, rebalance
 from trainer.model.build import build_model, config_of
 from trainer.model.configuration_evolm import EvolmConfig
 from trainer.model.modeling_evolm import EvolmForCausalLM, EvolmModel, Head
@@ -22,5 +22,6 @@ __all__ = [
     "build_model",
     "config_of",
     "expert_loads",
+    "forget_loads",
     "rebalance",
 ]

@@ -41,3 +41,12 @@ def rebalance(model: nn.Module, rate: float) -> None:
             distributed.all_reduce(loads)
         bias += rate * (loads.mean() - loads).sign()
         experts.balanced.copy_(experts.loads)
+
+
+@torch.no_grad()
+def forget_loads(model: nn.Module) -> None:
+    """Leave the counts since the last `rebalance` out: those of a step that is begun anew, or skipped. Without a bias,
+    it does nothing."""
+    for _, mixture in mixtures(model):
+        if mixture.gate.e_score_correction_bias is not None:
+            mixture.experts.loads.copy_(mixture.experts.balanced)

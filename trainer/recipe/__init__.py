@@ -55,10 +55,10 @@ def incoherence(recipe: Recipe) -> str | None:
 def _incoherent_kernel(recipe: Recipe) -> str | None:
     """What an attention kernel cannot compute."""
     kernel, model = recipe.train.attention_kernel, recipe.model
-    if kernel == "sdpa" and model.attention_softcap:
-        return "train.attention_kernel = 'sdpa' knows no model.attention_softcap; take auto, flex or eager"
-    if kernel == "flex" and model.attention_dropout:
-        return "train.attention_kernel = 'flex' knows no model.attention_dropout; take auto, sdpa or eager"
+    if kernel in ("sdpa", "blocked") and model.attention_softcap:
+        return f"train.attention_kernel = '{kernel}' knows no model.attention_softcap; take auto, flex or eager"
+    if kernel in ("flex", "blocked") and model.attention_dropout:
+        return f"train.attention_kernel = '{kernel}' knows no model.attention_dropout; take auto, sdpa or eager"
     if kernel == "flex" and any(layer.positions == "alibi" for layer in model.layers()):
         return "train.attention_kernel = 'flex' cannot add alibi's distances; take auto, sdpa or eager"
     return None
