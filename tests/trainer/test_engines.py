@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from search_spaces.errors import UsageError
 from trainer.checkpoint import read_state
 from trainer.engines import Setup
+from trainer.engines.base import refuse_uncuttable
+from trainer.engines.deepspeed import refuse
 from trainer.loop import Checkpoints, train
 
 SCRIPT = Path(__file__).with_name("rank_cases.py")
@@ -193,6 +195,25 @@ def test_checkpoints_are_those_of_one_process(world, tmp_path, model, place):
 
 def test_nobody_says_anything(world):
     assert [text for text in world.said if text.strip()] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": "muon"}, "--engine fsdp cuts matrices over the ranks and trains with adamw; muon needs them"),
+        ({"precision": "fp16"}, "--engine fsdp trains in fp32 or bf16"),
+        ({"compile": "always"}, "--engine fsdp does not compile blocks"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(recipe_of, changes, words):
+    with pytest.raises(UsageError, match=words):
+        refuse_uncuttable(recipe_of(train=changes), "fsdp")
+
+
+@pytest.mark.parametrize("field", ["ema", "skip_spikes"])
+def test_what_deepspeed_has_not_is_refused(recipe_of, field):
+    with pytest.raises(UsageError, match=rf"--engine deepspeed has no train\.{field}"):
+        refuse(recipe_of(train={field: 0.5}))
 
 
 @pytest.mark.parametrize(

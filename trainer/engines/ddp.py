@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.distillation import Teacher
@@ -23,6 +26,7 @@ class DDP(Single):
         self.wrapped = DistributedDataParallel(
             Objective(self.model, recipe, teacher), device_ids=places, gradient_as_bucket_view=True
         )
+        self.wrapped.register_comm_hook(None, lambda state, bucket: _summed(bucket))
         self._rehearse(recipe, device)
 
     def _rehearse(self, recipe: Recipe, device: torch.device) -> None:
@@ -42,6 +46,9 @@ class DDP(Single):
         losses: Losses = self.wrapped(batch, length)
         return losses
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """See Engine. DDP takes the mean of the ranks' gradients."""
-        super().backward(loss * self.ranks.world)
+
+def _summed(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """The gradients of a bucket summed over ranks, where DDP's own way would round: it divides each rank's before."""
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    summed: torch.futures.Future[torch.Tensor] = future.then(lambda done: done.value()[0])
+    return summed

@@ -37,7 +37,7 @@ class DeepSpeed:
     def __init__(
         self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
     ) -> None:
-        _refuse(recipe)
+        refuse(recipe)
         deepspeed = _deepspeed(device)
         self.recipe, self.ranks, self.device, self.stage = recipe, setup.ranks, device, setup.zero_stage
         self.model = build_model(recipe, seed, device)
@@ -59,7 +59,8 @@ class DeepSpeed:
         return losses
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See Engine. DeepSpeed takes the mean of the ranks' gradients."""
+        """See Engine. DeepSpeed takes the mean of the ranks' gradients; unless their number is a power of two, to undo
+        that rounds."""
         self.engine.backward(loss * self.ranks.world)
 
     def clip(self, limit: float) -> torch.Tensor:
@@ -129,7 +130,8 @@ class DeepSpeed:
         scalars of the checkpoint."""
         for flat in self._flat():
             self.optimizer.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if key in moving else value.clone() for key, value in keys.items()
+                key: torch.zeros_like(flat) if key in moving else value.clone().to(flat.device)
+                for key, value in keys.items()
             }
         self._link()
 
@@ -183,7 +185,7 @@ def _refuse_shape(name: str, value: torch.Tensor, parameter: Any) -> None:
         raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
 
 
-def _refuse(recipe: Recipe) -> None:
+def refuse(recipe: Recipe) -> None:
     """Raises UsageError for what DeepSpeed cannot train."""
     refuse_uncuttable(recipe, "deepspeed")
     for field in ("ema", "skip_spikes"):
