@@ -25,7 +25,6 @@ from trainer.parameter_groups import kind_of
 from trainer.recipe import Recipe
 from trainer.sharding import gathered
 
-
 SPARE = 2.0
 """Free memory of a device, in sizes of a whole model, with which one is put there beside its parts."""
 
