@@ -36,6 +36,7 @@ from evolm.errors import (
 from evolm.executors.base import Executor, Limits, Runner
 from evolm.executors.command import Command, check_command, run_command
 from evolm.executors.inline import InlineExecutor
+from evolm.needs import refuse_unmet
 from evolm.progress import show
 from evolm.requests import pending
 from evolm.retention import Keep, Retention
@@ -86,6 +87,7 @@ def start(
     """
     _check_executor(executor)
     file = load_space(path)
+    refuse_unmet(file)
     if file.settings.command is not None:
         check_command(file.settings.command, Path.cwd(), file.document)
     folder = new_or_named(run, file.name)
@@ -132,6 +134,7 @@ def resume(
     with folder.locked():
         _forget_requests(folder)
         file = load_space(folder.space)
+        refuse_unmet(file)
         if repair:
             say(str(repair_ledger(folder.ledger)))
         ledger = Ledger.open(folder.ledger, write=True)

@@ -19,6 +19,7 @@ from search_spaces.quantities import format_count
 from trainer.cost import costs
 from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
+from trainer.extras import missing_extra, unusable_precision
 from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def train_recipe(
     place = Place.of(os.environ)
     if place is None:
         usable_device(device)
+    for words in (missing_extra(recipe.train.optimizer), unusable_precision(recipe.train.precision, device)):
+        if words:
+            raise UsageError(f"{path}: {words}")
     if threads:
         torch.set_num_threads(threads)
     places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]

@@ -31,7 +31,7 @@ from trainer.errors import CheckpointError, DataError
 from trainer.extras import unusable_precision
 from trainer.gates import check_causality, check_floor
 from trainer.loss_scale import LossScale
-from trainer.memory import micro_batch, out_of_memory
+from trainer.memory import micro_batch, out_of_memory, recompute_blocks
 from trainer.model import EvolmForCausalLM
 from trainer.objective import dropout_stream
 from trainer.optim import set_learning_rate
@@ -169,7 +169,7 @@ class _Run:
         self.spikes = Spikes(recipe.train.skip_spikes) if recipe.train.skip_spikes else None
         self.stability = Stability(recipe.data.tokenizer.vocab_size)
         if recipe.train.gradient_checkpointing:
-            self.engine.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_blocks(self.engine.model)
         self.flops_per_token = {phase.length: self.price(phase.length) for phase in horizon.sequences}
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0

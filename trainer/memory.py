@@ -1,11 +1,16 @@
 """How many sequences a forward pass takes: as many as the device is predicted to hold, and half as many whenever it
-does not."""
+does not; and blocks that are run twice to hold more."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.cost import costs, micro_batch_tokens
+from trainer.model import EvolmForCausalLM
 from trainer.recipe import Recipe
 
 USABLE = 0.8
@@ -37,6 +42,15 @@ def largest_micro_batch(recipe: Recipe, budget: float) -> int:
 def _predicted(recipe: Recipe, tokens: int) -> float:
     train = recipe.train.model_copy(update={"micro_batch_tokens": tokens})
     return costs(recipe.model_copy(update={"train": train})).train_memory
+
+
+def recompute_blocks(model: EvolmForCausalLM) -> None:
+    """Have blocks keep their input alone for the backward pass, which runs them again (Chen et al. 2016, arXiv
+    1604.06174); dropout draws the same again."""
+    for layer in model.model.layers:
+        assert isinstance(layer, GradientCheckpointingLayer)
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

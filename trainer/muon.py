@@ -20,16 +20,17 @@ SMALLEST_NORM = 1e-7
 
 
 def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (..., A, B) with their singular values brought near to one, in bf16: five Newton-Schulz iterations."""
+    """Matrices (N, ..., A, B) with their singular values brought near to one, in bf16: five
+    Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x: torch.Tensor = matrices.bfloat16()
+    x = matrices.bfloat16().flatten(end_dim=-3)
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):

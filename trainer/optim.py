@@ -19,6 +19,10 @@ from trainer.recipe import OPTIMIZERS_OF_EXTRA, Recipe
 
 Groups = list[dict[str, Any]]
 
+ABSOLUTE = 1.0
+"""Adafactor's steps are shares of a weight's root mean square, but of this at least (Shazeer and Stern 2018, arXiv
+1804.04235, algorithm 4): with weights below one, its learning rate means what it means in AdamW."""
+
 ADAN_DIFFERENCES = 0.92
 """Decay of the mean of differences of gradients (Xie et al. 2022, arXiv 2208.06677, section 4)."""
 
@@ -91,7 +95,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
         muon = Muon(_without(hidden, "eps"), recipe.train.learning_rate, recipe.train.momentum)
         return Together([muon, _adamw(others, recipe)])
     if name == "adafactor":
-        return torch.optim.Adafactor(_without(groups, "eps"), lr=recipe.train.learning_rate)
+        return torch.optim.Adafactor(_without(groups, "eps"), lr=recipe.train.learning_rate, eps=(None, ABSOLUTE))
     return _of_extra(groups, recipe)
 
 

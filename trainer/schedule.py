@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from trainer.recipe import Recipe
+from trainer.recipe import WITHOUT_TRUNK, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,11 @@ def horizon_of(recipe: Recipe, tokens: int) -> Horizon:
     train, length = recipe.train, recipe.data.sequence_length
     samples = max(1, -(-tokens // length))
     batches = _batches(recipe)
-    stable = {"constant": float(samples), "wsd": samples * (1 - train.decay_fraction)}.get(train.schedule, 0.0)
+    stable = samples * (1 - train.decay_fraction) if train.schedule == "wsd" else float(samples)
     return Horizon(
         samples=samples,
         batch=batches[-1].batch,
-        trunk=_whole(batches, int(stable)),
+        trunk=0 if train.schedule in WITHOUT_TRUNK else _whole(batches, int(stable)),
         sequence_length=length,
         batches=batches,
         sequences=_sequences(recipe, batches),

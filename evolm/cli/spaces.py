@@ -58,14 +58,22 @@ def validate(
     import numpy as np
 
     from evolm.config import load_space
+    from evolm.needs import refuse_unmet, retrained
     from search_spaces.feasibility import examine
 
     file = load_space(space)
+    refuse_unmet(file)
     found = examine(file.space, np.random.default_rng(seed), draws)
     if as_json:
         typer.echo(json.dumps(_as_json(file.name, file.space, found), indent=2, ensure_ascii=False, allow_nan=False))
         return
     _print(file.name, file.space, found)
+    if names := retrained(file):
+        rungs = len(file.settings.fidelity.rungs)
+        typer.echo(
+            f"\nnote: train.schedule {' and '.join(names)} cannot go on to a longer training: each of the {rungs} "
+            "rungs trains anew; wsd goes on from one to the next"
+        )
 
 
 def schema(

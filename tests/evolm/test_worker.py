@@ -81,6 +81,18 @@ def test_a_rung_leaves_what_the_next_one_starts_from(make: Make) -> None:
     assert continued.metrics["bits_per_byte"] == whole.metrics["bits_per_byte"]
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial"])
+def test_a_schedule_without_a_trunk_trains_every_rung_anew_and_is_charged_for_it(make: Make, schedule: str) -> None:
+    train = {"schedule": schedule}
+    job = make(top=False, train=train, context={"checkpoint_seconds": 0.0})  # saves are left behind too
+    run(job)
+    assert not rung_checkpoint(job.folder, 0).exists() and latest_checkpoint(job.folder).is_dir()
+    again = run(make(rung=1, tokens=4096, train=train))
+    whole = run(make(rung=7, tokens=4096, train=train))
+    assert again.flops == whole.flops == costs(Recipe.model_validate(job.genome)).flops_per_token * 4096
+    assert again.metrics["bits_per_byte"] == whole.metrics["bits_per_byte"]
+
+
 def test_a_stopped_trial_saves_and_goes_on(make: Make) -> None:
     job = make()
     stopped = run_recipe(job, lambda progress: progress.tokens < 512)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from trainer import loss
-from trainer.loss import linear_cross_entropy, token_nats
+from trainer.loss import Lesson, fused_loss, linear_cross_entropy, token_nats
 
 VOCABULARY = 40
 
@@ -130,3 +130,93 @@ def test_a_sure_model_loses_nothing_and_a_uniform_one_the_entropy():
     hidden, targets = 100 * torch.eye(8), torch.arange(8)
     torch.testing.assert_close(token_nats(hidden, torch.eye(8), targets), torch.zeros(8))
     torch.testing.assert_close(token_nats(0 * hidden, torch.eye(8), targets), torch.full((8,), 8.0).log())
+
+
+# --- multipliers, softcaps, z-loss and teachers, against autograd in double precision ---------------------------------
+
+BENDS = [{}, {"multiplier": 0.3}, {"softcap": 2.0}, {"multiplier": 1.7, "softcap": 5.0}]
+
+
+def bent(logits, multiplier=1.0, softcap=0.0):
+    logits = multiplier * logits
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def exact(hidden, weight, targets, *, z_loss=0.0, lesson=None, **bend):
+    """All terms as they are written in the papers, of whole logits."""
+    logits = bent(hidden @ weight.T, **bend)
+    nats = functional.cross_entropy(logits, targets, reduction="sum")
+    total = nats + z_loss * logits.logsumexp(dim=1).square().sum()
+    if lesson is not None:
+        theirs = bent(lesson.hidden.double() @ lesson.weight.double().T, lesson.multiplier, lesson.softcap)
+        ours, wanted = ((one / lesson.temperature).log_softmax(dim=1) for one in (logits, theirs))
+        distance = functional.kl_div(ours, wanted, reduction="sum", log_target=True)
+        total = total - lesson.share * nats + lesson.share * lesson.temperature**2 * distance
+    return total, nats
+
+
+def taught(share, temperature, **bend):
+    hidden, weight, _ = (tensor.detach() for tensor in sample(width=7, seed=5))
+    return Lesson(hidden=hidden, weight=weight, share=share, temperature=temperature, **bend)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("bend", BENDS, ids=str)
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+@pytest.mark.parametrize(
+    "lesson",
+    [None, taught(0.3, 1.0), taught(1.0, 2.5), taught(0.6, 0.5, multiplier=0.4, softcap=3.0), taught(0.0, 2.0)],
+    ids=["alone", "taught", "taught alone, soft", "bent teacher", "no share"],
+)
+def test_all_terms_and_their_gradients_are_exact(bend, z_loss, lesson):
+    hidden, weight, targets = sample()
+    total, nats = fused_loss(hidden, weight, targets, z_loss=z_loss, lesson=lesson, **bend)
+    (total * 0.125).backward()
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected, text = exact(*doubles, targets, z_loss=z_loss, lesson=lesson, **bend)
+    (expected * 0.125).backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert nats.item() == pytest.approx(text.item(), rel=1e-5)
+    assert not nats.requires_grad
+    for one, other in zip((hidden, weight), doubles, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_all_terms_is_the_slope_of_their_sum():
+    """Where KL and z-loss pull against the text: no term may be counted with another's weight."""
+    hidden, weight, targets = sample(positions=3)
+    lesson = Lesson(hidden=hidden.detach().roll(1, 0), weight=weight.detach(), share=0.5, temperature=2.0)
+    terms = {"z_loss": 0.1, "lesson": lesson, "softcap": 3.0}
+    fused_loss(hidden, weight, targets, **terms)[0].backward()
+    along = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    up, down = (
+        exact(hidden.detach().double() + sign * 1e-5 * along, weight.detach().double(), targets, **terms)[0].item()
+        for sign in (1, -1)
+    )
+    assert (up - down) / 2e-5 == pytest.approx((hidden.grad * along).sum().item(), rel=1e-3)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("bend", BENDS, ids=str)
+def test_token_nats_are_bent_as_the_loss_is(bend):
+    hidden, weight, targets = (tensor.detach() for tensor in sample())
+    expected = functional.cross_entropy(bent(hidden @ weight.T, **bend), targets, reduction="none")
+    torch.testing.assert_close(token_nats(hidden, weight, targets, **bend), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    hidden, weight, targets = sample()
+    lesson = Lesson(hidden=hidden.detach(), weight=weight.detach(), share=1.0, temperature=3.0)
+    total, _ = fused_loss(hidden, weight, targets, lesson=lesson)
+    total.backward()
+    assert total.item() == pytest.approx(0, abs=1e-4)
+    torch.testing.assert_close(hidden.grad, torch.zeros_like(hidden), rtol=0, atol=1e-4)
+
+
+def test_of_a_teacher_too_a_chunk_of_logits_is_held(monkeypatch):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 32 * 4 * VOCABULARY)
+    hidden, weight, targets = sample(positions=2048)
+    lesson = Lesson(hidden=hidden.detach(), weight=weight.detach(), share=0.5)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fused_loss(hidden, weight, targets, lesson=lesson, z_loss=1e-4)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 4 * VOCABULARY * 2048 / 2

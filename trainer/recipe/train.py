@@ -12,6 +12,10 @@ OPTIMIZERS_OF_EXTRA = ("lion", "soap", "adan", "ademamix")
 """Optimisers that are those of the package pytorch-optimizer (the extra `optim`)."""
 
 
+WITHOUT_TRUNK = ("cosine", "linear", "polynomial")
+"""Schedules whose every step depends on the length of the run: a longer one has nothing in common with it."""
+
+
 class Train(Section):
     """The optimisation: how many tokens, in which batches, with which step sizes."""
 
@@ -41,11 +45,13 @@ class Train(Section):
     sequence_ramp_tokens: int = Field(0, ge=0, description="training tokens after which sequences are whole")
 
     schedule: Literal["wsd", "constant", "cosine", "linear", "polynomial"] = Field(
-        "wsd", description="the learning rate after warmup: stable and then decaying (wsd), constant, or decaying"
+        "wsd",
+        description="the learning rate after warmup: stable and then decaying (wsd), constant, or decaying from there "
+        "on, for which every rung trains anew",
     )
     warmup_steps: int = Field(40, ge=0, description="steps over which the learning rate rises from zero")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="share of the tokens over which wsd decays")
-    decay_power: float = Field(2.0, gt=0, description="exponent of a polynomial schedule")
+    decay_power: float = Field(2.0, gt=0, description="exponent of a polynomial schedule, (1 - p)^power")
     final_fraction: Fraction = Field(0.0, description="share of its peak that a learning rate decays to")
 
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum of the logits, in the loss")
@@ -67,7 +73,9 @@ class Train(Section):
         "fp32", description="dtype of the matrix products; weights stay fp32; fp16 is for GPUs"
     )
     micro_batch_tokens: Positive | None = Field(
-        None, description="tokens per forward pass; chosen by evolm when absent; changes memory, never results"
+        None,
+        description="tokens per forward pass; chosen by evolm when absent; changes memory, and results by rounding "
+        "alone (with dropout, also by which values are dropped)",
     )
     gradient_checkpointing: bool = Field(
         False, description="blocks are run again in the backward pass: less memory, a third more work, same results"

@@ -1,0 +1,111 @@
+"""What a space needs of the machine is told before anything is launched: extras, GPUs, and rungs that train anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evolm.config import load_space
+from evolm.needs import refuse_unmet, retrained
+from search_spaces.errors import SpaceError
+from trainer import extras
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without the extra."""
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+
+
+def with_train(space_file: Path, line: str) -> Path:
+    """The space with one line more in `train`."""
+    text = space_file.read_text()
+    assert "\ntrain:\n" in text
+    space_file.write_text(text.replace("\ntrain:\n", f"\ntrain:\n  {line}\n"))
+    return space_file
+
+
+INSTALL = "needs the extra `optim`: pip install 'evolm[optim]'"
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("line", ["optimizer: lion", "optimizer: {choice: [adamw, lion], baseline: adamw}"])
+@pytest.mark.parametrize("command", [("validate",), ("search",)], ids=lambda command: command[0])
+def test_a_missing_extra_is_told_at_its_line(evolm, space_file: Path, line: str, command: tuple[str, ...]) -> None:
+    with_train(space_file, line)
+    said = evolm(*command, space_file)
+    number = 1 + space_file.read_text().splitlines().index(f"  {line}")
+    assert said.code == 2
+    assert INSTALL in said.err and f"{space_file}:{number}:" in said.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("bare")
+def test_what_needs_no_extra_is_not_asked_for_one(evolm, space_file: Path) -> None:
+    with_train(space_file, "optimizer: {choice: [adamw, muon, adafactor]}")
+    assert evolm("validate", space_file, "--draws", "10").code == 0
+
+
+def test_with_the_extra_all_are_there(evolm, space_file: Path) -> None:
+    with_train(space_file, "optimizer: {choice: [adamw, lion, soap, adan, ademamix]}")
+    assert evolm("validate", space_file, "--draws", "10").code == 0
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_fp16_takes_a_gpu(space_file: Path, gpus: int) -> None:
+    with_train(space_file, "precision: {choice: [bf16, fp16]}")
+    text = space_file.read_text()
+    assert "resources:" not in text
+    space_file.write_text(text + f"resources: {{gpus: {gpus}}}\n")
+    file = load_space(space_file)
+    if gpus:
+        refuse_unmet(file)
+        return
+    with pytest.raises(SpaceError, match=r"train.precision 'fp16' is for GPUs: .* use bf16 or fp32"):
+        refuse_unmet(file)
+
+
+RECIPE = """
+version: 1
+data: {{sources: {{a: {{path: nowhere}}}}}}
+train: {{tokens: 1000, {line}}}
+"""
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("line", "words"), [("optimizer: soap", INSTALL), ("precision: fp16", "train.precision 'fp16' is for GPUs")]
+)
+def test_a_recipe_is_refused_before_its_folder_is_made(evolm, tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(line=line))
+    said = evolm("train", tmp_path / "recipe.yaml")
+    assert said.code == 2 and words in said.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("schedule: cosine", ["cosine"]),
+        ("schedule: {choice: [wsd, linear, polynomial]}", ["linear", "polynomial"]),
+        ("schedule: {choice: [wsd, constant]}", []),
+    ],
+)
+def test_rungs_that_train_anew_are_told(evolm, space_file: Path, line: str, told: list[str]) -> None:
+    with_train(space_file, line)
+    text = space_file.read_text()
+    rungs = len(load_space(space_file).settings.fidelity.rungs)
+    assert rungs == 1 or retrained(load_space(space_file)) == told
+    several = "\n".join(
+        "fidelity: {tokens: [1024, 4096]}" if one.startswith("fidelity:") else one for one in text.splitlines()
+    )
+    space_file.write_text(several + "\n")
+    assert retrained(load_space(space_file)) == told
+    said = evolm("validate", space_file, "--draws", "10")
+    assert said.code == 0 and ("each of the 2 rungs trains anew" in said.out) == bool(told)
