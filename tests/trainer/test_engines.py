@@ -45,7 +45,15 @@ RECIPES = {
     "moe": {"model": {"ffn": "moe", "n_experts": 3, "ffn_dim": 16, "balance_loss": 0.1}, **PLAIN},
     "bf16": {"train": {"precision": "bf16"}},
     "muon": {"train": {"optimizer": "muon"}},
-    "mean": {"train": {"ema": 0.5, "skip_spikes": 20.0}},
+    "mean": {
+        "train": {
+            "ema": 0.5,
+            "skip_spikes": 20.0,
+            "gradient_checkpointing": True,
+            "sequence_start": 16,
+            "sequence_ramp_tokens": 2 * STEP,
+        }
+    },
 }
 OTHERS = [
     *((model, engine) for model in ("untied", "moe") for engine in ("fsdp", "zero3")),
