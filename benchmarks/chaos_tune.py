@@ -16,14 +16,12 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from evolm.worker import METRICS_EVERY
 from trainer.data.corpus import Corpus
 from trainer.metrics_log import MetricsLog
 from trainer.recipe import Data, Recipe
@@ -60,7 +58,7 @@ def trained(recipe: Recipe, plan: dict[str, Any], log: MetricsLog, work: Path) -
     from trainer.evaluate import TokenScorer
 
     corpus = open_corpus(recipe.model_dump_json(include={"data"}), plan["cache"])
-    record = train_on(recipe, plan, corpus, Reporter(log, work / "latest"), work)
+    record = train_on(recipe, plan, corpus, Reporter(recipe, log, work / "latest"), work)
     metrics = loss_metrics(score_domains(TokenScorer(record.model, recipe), corpus.held_out("validation")))
     log.write({"rung": 0, "tokens": record.tokens, **metrics})
     return dict(metrics)
@@ -93,15 +91,14 @@ def train_on(recipe: Recipe, plan: dict[str, Any], corpus: Corpus, report: Repor
 class Reporter:
     """Counts into metrics.jsonl as evolm's worker does, and tells Tune of every checkpoint."""
 
-    def __init__(self, log: MetricsLog, latest: Path) -> None:
-        self.log, self.latest = log, latest
-        self.next_line = 0.0
+    def __init__(self, recipe: Recipe, log: MetricsLog, latest: Path) -> None:
+        from trainer.telemetry import Telemetry
+
+        self.telemetry, self.latest = Telemetry(recipe, "cpu", log), latest
         self.told = 0
 
     def __call__(self, progress: Progress) -> bool:
-        if progress.tokens >= self.next_line:
-            self.log.write(asdict(progress))
-            self.next_line = progress.tokens + METRICS_EVERY * progress.total_tokens
+        self.telemetry(progress)
         manifest = self.latest / "checkpoint.json"
         written = manifest.stat().st_mtime_ns if manifest.exists() else 0
         if written != self.told:

@@ -23,7 +23,7 @@ from search_spaces.extends import read_layers
 from search_spaces.genome import Values, difference
 from search_spaces.reading import is_derived, is_gene
 from search_spaces.repair import approach
-from search_spaces.yaml_source import Document, read_yaml
+from search_spaces.yaml_source import Document
 from trainer import cost
 from trainer.recipe import NAME, Recipe, defaults
 from trainer.recipe_check import check, rule
@@ -89,7 +89,7 @@ def load_space(path: Path) -> SpaceFile:
 
 def load_recipe(path: Path) -> tuple[str, Recipe]:
     """Read a recipe file: a space file without genes and without settings. Raises SpaceError."""
-    document = read_yaml(path)
+    document = read_layers(path)
     problems = Problems()
     values = document.value
     name = _header(values, path, (*HEADER, *SECTIONS), problems)
@@ -148,6 +148,8 @@ def _settings(values: Values, problems: Problems, own: bool) -> Settings | None:
     algorithm = given["search"].get("algorithm", "auto") if isinstance(given.get("search"), dict) else "auto"
     if algorithm not in names():
         problems.unknown(("search", "algorithm"), str(algorithm), names(), "algorithm")
+    if not own and "telemetry" in given:
+        problems.add(("telemetry",), "is about evolm's own trainer: a trial.command writes its metrics.jsonl itself")
     fidelity = _fidelity(values, problems) if "fidelity" not in broken else None
     if problems.found or fidelity is None:
         return None

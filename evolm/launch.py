@@ -55,6 +55,7 @@ from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import open_tokenizer
 from trainer.recipe import Data
+from trainer.sinks import check_sinks
 
 EXECUTORS = ("ray", "inline")
 
@@ -93,6 +94,7 @@ def start(
         if file.settings.processes or file.settings.engine:
             advice = "trial.command starts what it needs itself, on the devices of resources.gpus"
             raise UsageError(f"resources.processes and resources.engine are for evolm's own trainer; {advice}")
+    check_sinks(file.settings.sinks)
     folder = new_or_named(run, file.name)
     _forget_unbegun(folder)
     if folder.exists:
@@ -147,6 +149,7 @@ def resume(
             if wanted is not None and wanted != getattr(begun, name):
                 raise UsageError(f"run '{folder.name}' was begun with {name} {getattr(begun, name)}, not {wanted}")
         settings = with_overrides(begun, **overrides)
+        check_sinks(settings.sinks)
         if overrides.get("trials") is not None and settings.trials < len(ledger.trials):
             raise UsageError(f"--trials {settings.trials}: run '{folder.name}' has {len(ledger.trials)} already")
         if settings.trials <= len(ledger.trials) and not ledger.in_state("proposed", "running"):
@@ -320,6 +323,8 @@ def _runner(settings: Settings, ledger: Ledger, cache: Path | None) -> tuple[Run
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         keep_last=settings.keep_last,
         keep_final=settings.keep_best > 0,
+        log_bytes=settings.log_bytes,
+        sinks=list(settings.sinks),
         processes=settings.ranks,
         engine=settings.engine,
     )

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from evolm.errors import DataError, EvolmError, GateError, Interrupted, UsageError
 from evolm.run import Run
 from evolm.run_folder import RunFolder
+from evolm.scale import Scale, at_scale, keep_scale, length_of, scale_of
 from evolm.signals import ENDING, on_signals
 from evolm.training import export_stage
 from fitness.trial import Trial
@@ -24,9 +25,6 @@ from search_spaces.quantities import format_count
 from trainer.data.corpus import Corpus
 from trainer.metrics_log import read_metrics
 from trainer.recipe import Recipe
-
-LONGER = 4
-"""Without --tokens, a promoted recipe is trained on so many times the tokens of the last rung."""
 
 LABELS = {"pretrain": "winner", "baseline": "baseline"}
 """What the folders of a promotion hold."""
@@ -37,9 +35,11 @@ Say = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
     """A finished promotion. `winner` and `baseline` are the records of their training; the latter is None when the
-    winner is the baseline. `export` is the receipt of the exported folder."""
+    winner is the baseline. `scale` is None when both were trained as they are. `export` is the receipt of the exported
+    folder."""
 
     trial: int
+    scale: Scale | None
     folder: Path
     winner: dict[str, Any]
     baseline: dict[str, Any] | None
@@ -60,11 +60,16 @@ def promote(
     trial: Trial,
     *,
     tokens: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
     cache: Path | None = None,
     force: bool = False,
     say: Say = lambda text: None,
 ) -> Promotion:
     """Train a trial's recipe and the baseline's from scratch, compare them on test text, export the winner.
+
+    With `width` or `depth` both are made so many times as wide and deep first (`trainer.scaling.scaled`); without
+    `tokens` they are then trained on as many tokens for each parameter as in the search's last rung.
 
     Goes on where an earlier promotion of this trial stopped. Raises GateError, after everything is written but without
     an export, when the baseline is no worse (`force` exports all the same); DataError when the corpus is no longer the
@@ -77,19 +82,26 @@ def promote(
             f"`evolm show {run.folder.path} {trial.id}` has the recipe, and `checkpoints: {{keep_best: 1}}` in a space "
             "keeps what the best trial saved (trials/ID/checkpoints/final)"
         )
-    length = _length(run, folder, tokens)
-    recipes = {"pretrain": trial.genome}
+    scale = scale_of(run, folder, width, depth)
+    length = length_of(run, trial, folder, tokens, scale)
+    genomes = {"pretrain": trial.genome}
     if trial.frozen != run.file.space.baseline:
-        recipes["baseline"] = run.file.space.baseline.values()
+        genomes["baseline"] = run.file.space.baseline.values()
+    recipes = {name: at_scale(genome, scale, length) for name, genome in genomes.items()}
     where = Path(cache or run.ledger.meta["cache"])
     corpus = _same_corpus(run, trial, where)
     with RunFolder(folder).locked():
+        keep_scale(folder, scale)
+        if scale is not None:
+            say(f"at {scale.words} that the search had")
         say(f"training on {format_count(length)} tokens each: {' and '.join(LABELS[name] for name in recipes)}")
         records = _train_all(run, recipes, folder, length, where, say)
         baseline = records.get("baseline")
-        promotion = Promotion(trial=trial.id, folder=folder, winner=records["pretrain"], baseline=baseline, export=None)
+        promotion = Promotion(
+            trial=trial.id, scale=scale, folder=folder, winner=records["pretrain"], baseline=baseline, export=None
+        )
         if promotion.better or force:
-            receipt = _export(run, trial, folder, corpus, records["pretrain"])
+            receipt = _export(run, promotion, trial, recipes["pretrain"], corpus)
             promotion = Promotion(**{**promotion.__dict__, "export": receipt})
         _write(promotion, run, length)
     if not promotion.better and not force:
@@ -101,22 +113,6 @@ def promote(
         refused.result = promotion
         raise refused
     return promotion
-
-
-def _length(run: Run, folder: Path, tokens: int | None) -> int:
-    """How many tokens to train on: those asked for, or those of the promotion that was begun here. Raises UsageError
-    when the two differ."""
-    from trainer.stages.pretrain import Stage
-
-    begun = Stage(folder / "pretrain").begun()
-    if begun is None:
-        return tokens or LONGER * run.settings.fidelity.rungs[-1]
-    if tokens not in (None, begun["tokens"]):
-        raise UsageError(
-            f"{folder}: holds a promotion on {begun['tokens']:,} tokens, not {tokens:,}; leave --tokens out to go on "
-            "with it, or move the folder away to begin another"
-        )
-    return int(begun["tokens"])
 
 
 def _same_corpus(run: Run, trial: Trial, cache: Path) -> Corpus:
@@ -158,6 +154,7 @@ def _launch(run: Run, stage: Path, tokens: int, device: str, threads: int, cache
     command += ["--tokens", str(tokens), "--seed", str(run.settings.seed), "--device", device]
     command += ["--threads", str(threads), "--cache", str(cache), "--test", "--no-export"]
     command += [word for root in run.ledger.meta["roots"] for word in ("--root", root)]
+    command += [word for name in run.settings.sinks for word in ("--sink", name)]
     if run.settings.target:
         command += ["--target", json.dumps(run.settings.target)]
     with (stage / "log.txt").open("ab") as log:
@@ -219,13 +216,21 @@ def _progress(stage: Path) -> str:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def _export(run: Run, trial: Trial, folder: Path, corpus: Corpus, record: dict[str, Any]) -> dict[str, Any]:
+def _export(run: Run, promotion: Promotion, trial: Trial, recipe: Values, corpus: Corpus) -> dict[str, Any]:
     from trainer.stages.pretrain import Stage
 
-    about = {"run": run.name, "trial": trial.id, "digest": trial.digest, **record}
+    about = {"run": run.name, "trial": trial.id, "digest": trial.digest, "scale": _told(promotion), **promotion.winner}
     return export_stage(
-        Stage(folder / "pretrain"), Recipe.model_validate(trial.genome), corpus, folder / "export" / "hf", about
+        Stage(promotion.folder / "pretrain"),
+        Recipe.model_validate(recipe),
+        corpus,
+        promotion.folder / "export" / "hf",
+        about,
     )
+
+
+def _told(promotion: Promotion) -> dict[str, Any] | None:
+    return None if promotion.scale is None else asdict(promotion.scale)
 
 
 def _write(promotion: Promotion, run: Run, tokens: int) -> None:
@@ -237,6 +242,7 @@ def _write(promotion: Promotion, run: Run, tokens: int) -> None:
             "run": run.name,
             "trial": promotion.trial,
             "tokens": tokens,
+            "scale": _told(promotion),
             "winner": promotion.winner,
             "baseline": promotion.baseline,
             "better": promotion.better,

@@ -40,7 +40,7 @@ def space_schema() -> Schema:
                 "pattern": f"^(?:{NAME.pattern})$",
                 "description": "the file's name when absent",
             },
-            EXTENDS: {"type": "string", "description": "space file that this one is merged on top of"},
+            EXTENDS: {"type": "string", "description": "space file that this one is merged on top of, or preset:NAME"},
             **{name: {} for name in (*SECTIONS, *settings["properties"])},
         },
         "allOf": [

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
+from search_spaces.errors import nearest
+from trainer.metrics_log import MAX_BYTES
 from trainer.recipe import Section
+from trainer.sinks import sink_names, unknown_sink
 
 Direction = Literal["min", "max"]
 EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
@@ -121,6 +124,29 @@ class CheckpointsSection(Section):
     )
 
 
+class TelemetrySection(Section):
+    """What is written down while trials train."""
+
+    sinks: list[str] = Field(
+        [],
+        description="where the lines of metrics.jsonl go besides: `tensorboard`, `mlflow`, `wandb` or a plug-in's name",
+    )
+    max_bytes: Annotated[Count, Field(ge=2**16)] = Field(
+        MAX_BYTES, description="of each metrics.jsonl; beyond it every second line is left out"
+    )
+
+    @field_validator("sinks")
+    @classmethod
+    def _known(cls, sinks: list[str]) -> list[str]:
+        if (name := unknown_sink(sinks)) is not None:
+            close = nearest(name, sink_names())
+            advice = f"did you mean '{close}'?" if close else f"there are {', '.join(sink_names())}"
+            raise ValueError(f"unknown sink '{name}'; {advice}")
+        if len(set(sinks)) < len(sinks):
+            raise ValueError("names a sink twice")
+        return sinks
+
+
 class SettingsSchema(Section):
     """Everything in a space file that is neither recipe nor header."""
 
@@ -138,6 +164,7 @@ class SettingsSchema(Section):
     resources: ResourcesSection = ResourcesSection()
     trial: TrialSection = TrialSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
+    telemetry: TelemetrySection = TelemetrySection()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +190,8 @@ class Settings:
     keep_last: int = 1
     keep_best: int = 0
     max_bytes: int | None = None
+    sinks: tuple[str, ...] = ()
+    log_bytes: int = MAX_BYTES
     processes: int | None = None
     engine: EngineName | None = None
 
@@ -177,6 +206,7 @@ class Settings:
         return values | {
             "fidelity": {"tokens": list(self.fidelity.rungs), "eta": self.fidelity.eta},
             "command": None if self.command is None else list(self.command),
+            "sinks": list(self.sinks),
         }
 
     @classmethod
@@ -188,6 +218,7 @@ class Settings:
                 **values,
                 "fidelity": Fidelity(tuple(ladder["tokens"]), ladder["eta"]),
                 "command": None if command is None else tuple(command),
+                "sinks": tuple(values.get("sinks", ())),
             }
         )
 
@@ -206,6 +237,8 @@ class Settings:
             silent_minutes=given.trial.silent_minutes,
             checkpoint_minutes=given.checkpoints.minutes,
             **given.checkpoints.model_dump(exclude={"minutes"}),
+            sinks=tuple(given.telemetry.sinks),
+            log_bytes=given.telemetry.max_bytes,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
 from trainer.extras import missing_extra, unusable_precision
 from trainer.recipe import Recipe
+from trainer.sinks import check_sinks
 
 if TYPE_CHECKING:
     from trainer.engines import EngineName, Ranks, ZeroStage
@@ -57,8 +59,10 @@ def train_recipe(
     engine: EngineName | None = None,
     zero_stage: ZeroStage = 2,
     offload: bool = False,
+    sinks: Sequence[str] = (),
 ) -> Trained:
-    """Train the recipe in a file, score it on validation (and, with `test`, test) text, export it.
+    """Train the recipe in a file, score it on validation (and, with `test`, test) text, export it. Its numbers also go
+    to the `sinks` of these names.
 
     Goes on where the folder stopped. In a process that is one of several ranks it meets the others, and the first one
     alone locks the folder, scores and exports; the engine is then ddp when none is named. Raises UsageError,
@@ -70,6 +74,7 @@ def train_recipe(
     from trainer.engines import Place, Setup, open_ranks
     from trainer.stages.pretrain import Stage, pretrain
 
+    check_sinks(sinks)
     name, recipe = load_recipe(path)
     length = tokens or recipe.train.tokens
     if length is None:
@@ -106,6 +111,8 @@ def train_recipe(
                     report=show,
                     roots=places,
                     setup=setup,
+                    sinks=sinks,
+                    warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
                 )
             if record is not None and not record.finished:
                 return Trained(folder=folder, record=None, signal=show.received, first=ranks.first)

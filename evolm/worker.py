@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,20 +24,19 @@ from evolm.run_folder import final_checkpoint, latest_checkpoint, rung_checkpoin
 from fitness.loss import loss_metrics, score_domains
 from fitness.trial import Reason
 from trainer.data.corpus import Corpus
-from trainer.metrics_log import MetricsLog
+from trainer.metrics_log import MAX_BYTES, MetricsLog
 from trainer.recipe import Data, Recipe
+from trainer.sinks import RunInfo, Sinks
 
 if TYPE_CHECKING:  # torch is imported when a trial runs: the process that only decides does without
     from trainer.engines import EngineName, Ranks
     from trainer.loop import Progress, Record
+    from trainer.telemetry import Telemetry
 
     Meet = Callable[[], AbstractContextManager[tuple[Ranks | None, str]]]
 
 NOTICED, ENDED = "another rank of this trial has gone", "ended before it could save"
 """What ranks tell that are not why their trial came to nothing."""
-
-METRICS_EVERY = 0.02
-"""Share of a run's tokens between lines of metrics.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,8 @@ class Context:
 
     `documents` pins the sources: their digests when the run began. A running trial saves every `checkpoint_seconds`
     and keeps its last `keep_last` saves; `keep_final` has trials of the top rung save their final weights. A trial is
-    trained by so many `processes` together, under an `engine`.
+    trained by so many `processes` together, under an `engine`. `log_bytes` bounds each metrics.jsonl, and `sinks` says
+    where its lines go besides.
     """
 
     cache: str
@@ -58,6 +58,8 @@ class Context:
     checkpoint_seconds: float = 300.0
     keep_last: int = 1
     keep_final: bool = False
+    log_bytes: int = MAX_BYTES
+    sinks: list[str] = field(default_factory=list)
     processes: int = 1
     engine: EngineName | None = None
 
@@ -121,6 +123,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent, rank
 
     from trainer.engines import ALONE
     from trainer.evaluate import TokenScorer
+    from trainer.telemetry import Telemetry
 
     ranks = ranks or ALONE
 
@@ -132,8 +135,13 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent, rank
     ranks.tell(lambda: opened().digest)  # the first rank prepares it, the others find it ready
     corpus = opened()
     _refuse_changed(corpus, context)
-    with MetricsLog(Path(job.folder) / "metrics.jsonl" if ranks.first else Path(os.devnull)) as log:
-        record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, log, spent), ranks)
+    first = ranks.first
+    with (
+        MetricsLog(Path(job.folder) / "metrics.jsonl" if first else Path(os.devnull), context.log_bytes) as log,
+        Sinks(context.sinks if first else (), _run_info(job, recipe), _Warn(job)) as sinks,
+    ):
+        telemetry = Telemetry(recipe, context.device, log, sinks, devices=ranks.world)
+        record, note = _train(job, context, recipe, corpus, _Reporter(job, tell, telemetry, spent), ranks)
         if not record.finished:
             return job.failed("interrupted", "stopped and saved", flops=record.flops, seconds=record.seconds)
         if record.model is None:
@@ -148,7 +156,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent, rank
             **{f"tokens/{name}": float(count) for name, count in record.tokens_by_source.items()},
             **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
         }
-        log.write({"rung": job.rung, "tokens": record.tokens, **metrics})
+        telemetry.scores({"rung": job.rung, "tokens": record.tokens, **metrics})
     seconds = record.seconds + time.perf_counter() - scoring
     return job.told(metrics, flops=record.flops, seconds=seconds, message=note)
 
@@ -198,15 +206,12 @@ def _train(
 class _Reporter:
     """Passes the progress of training on: to the executor every step, to metrics.jsonl now and then."""
 
-    def __init__(self, job: Job, tell: Tell, log: MetricsLog, spent: _Spent) -> None:
-        self.job, self.tell, self.log, self.spent = job, tell, log, spent
-        self.next_line = 0.0
+    def __init__(self, job: Job, tell: Tell, telemetry: Telemetry, spent: _Spent) -> None:
+        self.job, self.tell, self.telemetry, self.spent = job, tell, telemetry, spent
 
     def __call__(self, progress: Progress) -> bool:
         self.spent.flops = progress.flops
-        if progress.tokens >= self.next_line:
-            self.log.write(asdict(progress))
-            self.next_line = progress.tokens + METRICS_EVERY * progress.total_tokens
+        self.telemetry(progress)
         return self.tell(
             TrialProgress(
                 trial=self.job.trial,
@@ -217,6 +222,25 @@ class _Reporter:
                 flops=progress.flops,
             )
         )
+
+
+def _run_info(job: Job, recipe: Recipe) -> RunInfo:
+    """What sinks are told of a trial."""
+    folder = Path(job.folder)
+    home = folder.parent.parent  # runs/NAME/trials/ID
+    name = f"trial-{job.trial}-rung-{job.rung}"
+    return RunInfo(folder=folder, home=home, group=home.name, name=name, recipe=recipe.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class _Warn:
+    """Notes in the trial's folder what is wrong with a sink, which is no matter of the trial's."""
+
+    job: Job
+
+    def __call__(self, text: str) -> None:
+        with suppress(OSError), (Path(self.job.folder) / "sinks.log").open("a") as log:
+            log.write(text + "\n")
 
 
 @lru_cache(maxsize=64)

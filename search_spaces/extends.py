@@ -3,6 +3,9 @@
 Files are merged as JSON Merge Patch does it (RFC 7386): mappings key by key, anything else is replaced, null removes.
 A gene counts as one value: a mapping with a kind key replaces what was there, one without changes the options of the
 gene that was there. Every part of the result remembers the file it came from, so that messages point there.
+
+`extends: "preset:small"` names one of the files in `presets/`, which ship with evolm: a model of a known size, with the
+batch and precision that suit it, and without data.
 """
 
 from __future__ import annotations
@@ -14,13 +17,32 @@ from typing import Any
 
 import yaml
 
-from search_spaces.errors import Path, Problem, SpaceError, UsageError
+from search_spaces.errors import Path, Problem, SpaceError, UsageError, nearest
 from search_spaces.reading import is_derived, is_gene
 from search_spaces.yaml_source import Document, plain_scalar, read_yaml
 
 KEY = "extends"
 
 MAX_FILES = 16
+
+PRESET = "preset:"
+
+PRESETS = FilePath(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The presets that ship."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def unknown_preset(name: str) -> str | None:
+    """Why there is no preset of that name, in words, or None."""
+    known = preset_names()
+    if name in known:
+        return None
+    close = nearest(name, known)
+    advice = f"did you mean '{close}'?" if close else f"there are {', '.join(known)}"
+    return f"unknown preset '{name}'; {advice}"
 
 
 @dataclass(frozen=True)
@@ -52,8 +74,9 @@ class Layered(Document):
 
     @property
     def folders(self) -> list[FilePath]:
-        """Where the files lie."""
-        return list(dict.fromkeys(FilePath(layer.file).resolve().parent for layer in self.layers))
+        """Where the files lie, those that ship aside."""
+        places = dict.fromkeys(FilePath(layer.file).resolve().parent for layer in self.layers)
+        return [place for place in places if place != PRESETS.resolve()]
 
 
 def read_layers(path: FilePath) -> Document:
@@ -65,7 +88,12 @@ def read_layers(path: FilePath) -> Document:
         last = layers[-1]
         name = last.value[KEY]
         if not isinstance(name, str) or not name:
-            raise _refused(last, "must be the path of a space file", name)
+            raise _refused(last, "must be the path of a space file, or preset:NAME", name)
+        if name.startswith(PRESET):
+            preset = name.removeprefix(PRESET)
+            if words := unknown_preset(preset):
+                raise _refused(last, words, name)
+            name = str(PRESETS / f"{preset}.yaml")
         try:
             base = (seen[-1].parent / name).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a name that no path can have

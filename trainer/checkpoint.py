@@ -73,9 +73,10 @@ def content_of(model: nn.Module, optimizer: Optimizer, average: Average | None =
     """The content of a checkpoint. Of a model that is cut over processes every tensor is gathered in turn; those
     without `keep` only take part in that, and get empty ones."""
     moments, others = optimizer_state(optimizer, keep=keep)
-    tensors = {MODEL: _weights(dict(model.named_parameters()), keep), OPTIMIZER: moments}
+    weights = _weights(_tensors(model), keep)
+    tensors = {MODEL: weights, OPTIMIZER: moments}
     if average is not None:
-        tensors |= {MODEL: _weights(average.state(), keep), RAW: tensors[MODEL]}
+        tensors |= {MODEL: weights | _weights(average.state(), keep), RAW: weights}
     return Content(tensors=tensors, optimizer=others)
 
 
@@ -187,10 +188,21 @@ def load_weights(folder: Path, model: nn.Module) -> RunState:
     return state
 
 
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, and what is not trained and yet part of the model. Tied ones once."""
+    return {**dict(model.named_parameters()), **untrained(model)}
+
+
+def untrained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is not trained and yet part of a model: a router's bias. Whole on every process."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(placed(weights[name], parameter))
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(placed(weights[name], tensor))
 
 
 def _weights(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:

@@ -7,13 +7,16 @@ FlopCounterMode, activation memory against the tensors that autograd saves.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
 from search_spaces.genome import canonical_json
-from trainer.recipe import GATED, Layer, Model, Recipe
+from trainer.activation_memory import activation_bytes_per_token, mask_bytes
+from trainer.recipe import Recipe
+from trainer.weights import Weight, weights
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens per forward pass when the recipe does not say."""
@@ -31,10 +34,13 @@ class Costs:
     params: int = about("parameters")
     active_params: int = about("parameters that one token uses; fewer than `params` in a mixture of experts")
     embedding_params: int = about("parameters of the embeddings and of an untied output head")
-    flops_per_token: float = about("floating-point operations of one training step, for each token")
+    flops_per_token: float = about(
+        "floating-point operations of one training step, for each token, recomputation aside"
+    )
     forward_flops_per_token: float = about("floating-point operations of the forward pass, for each token")
     train_memory: float = about("bytes of one training step: weights, gradients, optimiser, activations")
     kv_bytes_per_token: int = about("bytes of the key-value cache for each token, in 16 bits")
+    kv_bytes: int = about("bytes of the key-value cache of a whole sequence; sliding layers hold their window")
     checkpoint_bytes: int = about("bytes of a checkpoint to resume from")
 
 
@@ -46,49 +52,77 @@ NAMES = tuple(MEANINGS)
 
 def costs(recipe: Recipe) -> Costs:
     """All costs of one recipe."""
-    model, data = recipe.model, recipe.data
-    layers = model.layers()
-    vocabulary = data.tokenizer.vocab_size
-    embedding = vocabulary * model.d_model
-    head = 0 if model.tie_embeddings else embedding
-    attention_matrices = sum(_attention_matrices(layer, model.d_model) for layer in layers)
-    matrices = attention_matrices + sum(_ffn_matrices(layer, model, model.n_experts) for layer in layers)
-    used = attention_matrices + sum(_ffn_matrices(layer, model, model.n_active_experts) for layer in layers)
-    norms = [2 * model.d_model + (2 * layer.head_dim if model.qk_norm else 0) for layer in layers]
-    params = embedding + head + matrices + sum(norms) + model.d_model
+    layers, length = recipe.model.layers(), recipe.data.sequence_length
+    tensors = list(weights(recipe))
+    params = sum(tensor.size for tensor in tensors)
     # A matrix costs one multiply-add per weight and token. Attention scores and their use cost two more per head
-    # dimension and attended position; the whole sequence is counted, as is usual (PaLM, arXiv 2204.02311, appendix B).
-    attention = sum(2 * 2 * layer.n_heads * layer.head_dim * data.sequence_length for layer in layers)
-    forward = 2 * (used + embedding) + attention
+    # dimension and attended position; the whole sequence is counted, as is usual (PaLM, arXiv 2204.02311, appendix B),
+    # or the whole window.
+    seen = [min(recipe.model.window, length) if layer.attention == "sliding" else length for layer in layers]
+    attention = sum(2 * 2 * layer.n_heads * layer.head_dim * keys for layer, keys in zip(layers, seen, strict=True))
+    forward = 2 * sum(tensor.active * tensor.times for tensor in tensors) + attention
+    kept = [2 * layer.n_kv_heads * layer.head_dim * 2 for layer in layers]  # keys and values, 16 bits
     return Costs(
         params=params,
-        active_params=params - matrices + used,
-        embedding_params=embedding + head,
+        active_params=sum(tensor.active for tensor in tensors),
+        embedding_params=sum(tensor.size for tensor in tensors if tensor.kind in ("embedding", "head")),
         flops_per_token=3 * forward,  # the backward pass does each product twice: for the input and for the weight
         forward_flops_per_token=forward,
-        train_memory=_train_memory(recipe, params),
-        kv_bytes_per_token=sum(2 * layer.n_kv_heads * layer.head_dim for layer in layers) * 2,  # keys and values, bf16
-        checkpoint_bytes=3 * 4 * params,  # weights and AdamW's two moments, fp32
+        train_memory=_train_memory(recipe, params, 4 * optimizer_entries(recipe, tensors)),
+        kv_bytes_per_token=sum(kept),
+        kv_bytes=sum(one * keys for one, keys in zip(kept, seen, strict=True)),
+        checkpoint_bytes=4 * (params + optimizer_entries(recipe, tensors) + _untrained(recipe)),
     )
 
 
-def _attention_matrices(layer: Layer, d_model: int) -> int:
-    return d_model * layer.head_dim * (2 * layer.n_heads + 2 * layer.n_kv_heads)
+def _untrained(recipe: Recipe) -> int:
+    """Entries of the model that are kept but not trained: the biases of routers."""
+    model = recipe.model
+    mixtures = sum(layer.ffn == "moe" for layer in model.layers())
+    return mixtures * model.n_experts if model.balance == "bias" else 0
 
 
-def _ffn_matrices(layer: Layer, model: Model, experts: int) -> int:
-    """Weights of a feed-forward part; of a mixture, those of so many of its experts and of the whole router."""
-    one = (3 if layer.ffn in GATED else 2) * model.d_model * layer.ffn_dim
-    return one if layer.ffn != "moe" else experts * one + model.n_experts * model.d_model
+def optimizer_entries(recipe: Recipe, tensors: Sequence[Weight]) -> int:
+    """Numbers that the recipe's optimiser keeps of its gradients, step counters aside, and the mean of the weights."""
+    entries = OPTIMIZER_ENTRIES[recipe.train.optimizer]
+    return sum(entries(one) + (one.size if recipe.train.ema else 0) for one in tensors)
 
 
-def _train_memory(recipe: Recipe, params: int) -> float:
-    """Bytes of one training step: weights, gradients and AdamW's moments in fp32, and the activations of a
+def _factored(one: Weight) -> int:
+    """Adafactor's: of a matrix the means of its rows and columns (Shazeer and Stern 2018, arXiv 1804.04235)."""
+    *stack, rows, columns = (1, *one.shape)
+    return math.prod(stack) * (rows + columns) if len(one.shape) > 1 else one.size
+
+
+def _preconditioned(one: Weight) -> int:
+    """SOAP's: two moments, and of each side of a matrix a covariance and its eigenvectors (arXiv 2409.11321)."""
+    sides = 2 * sum(side * side for side in one.shape if side <= SOAP_LARGEST) if len(one.shape) > 1 else 0
+    return 2 * one.size + sides
+
+
+OPTIMIZER_ENTRIES: dict[str, Callable[[Weight], int]] = {
+    "adamw": lambda one: 2 * one.size,
+    "muon": lambda one: one.size if one.kind == "hidden" else 2 * one.size,
+    "adafactor": _factored,
+    "lion": lambda one: one.size,
+    "soap": _preconditioned,
+    "adan": lambda one: 4 * one.size,
+    "ademamix": lambda one: 3 * one.size,
+}
+"""Numbers that each optimiser keeps of a weight's gradients."""
+
+SOAP_LARGEST = 10_000
+"""Side of a matrix beyond which SOAP leaves it as it is."""
+
+
+def _train_memory(recipe: Recipe, params: int, optimizer: int) -> float:
+    """Bytes of one training step: weights and gradients in fp32, what the optimiser keeps, and the activations of a
     micro-batch."""
-    size = 2 if recipe.train.precision == "bf16" else 4
-    copies = 2 * params if recipe.train.precision == "bf16" else 0  # matrices are cast once per step
+    size = 4 if recipe.train.precision == "fp32" else 2
+    copies = 2 * params if size == 2 else 0  # matrices are cast once per step
     head = 4 * recipe.data.tokenizer.vocab_size * recipe.model.d_model  # its gradient, ready before the backward pass
-    return 16 * params + copies + head + micro_batch_tokens(recipe) * activation_bytes_per_token(recipe, size)
+    activations = micro_batch_tokens(recipe) * activation_bytes_per_token(recipe, size) + mask_bytes(recipe, size)
+    return 8 * params + optimizer + copies + head + activations
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:
@@ -96,38 +130,6 @@ def micro_batch_tokens(recipe: Recipe) -> int:
     train, length = recipe.train, recipe.data.sequence_length
     wanted = min(train.micro_batch_tokens or MICRO_BATCH_TOKENS, train.batch_tokens)
     return max(1, wanted // length) * length
-
-
-def activation_bytes_per_token(recipe: Recipe, size: int) -> float:
-    """Bytes that autograd keeps per token between forward and backward, with activations of `size` bytes.
-
-    Block by block, what each operation saves; see the test that sums the tensors actually saved. Logits are not among
-    them: the loss turns them into gradients a few rows at a time.
-    """
-    model = recipe.model
-    width = model.d_model
-    norm = (8 + size) * width + 4  # the input and what it is divided down to, in fp32; the output; one scale
-    total = 0.0
-    for layer in model.layers():
-        query, key = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
-        heads = layer.n_heads + layer.n_kv_heads
-        attention = (3 * query + 2 * key) * size + 4 * layer.n_heads  # query, two forms of the output, key, value, lse
-        attention += 8 * (query + key) + 4 * heads if model.qk_norm else 0  # as for norms, but the output is the query
-        ffn = (4 if layer.ffn in GATED else 2) * layer.ffn_dim * size
-        total += 2 * norm + attention + (ffn if layer.ffn != "moe" else _mixture_bytes_per_token(recipe, ffn, size))
-    # The last norm, whose output is gone when the loss is there, and the gradient of the hidden state.
-    return total + 8 * width + 4 + width * size
-
-
-def _mixture_bytes_per_token(recipe: Recipe, expert: int, size: int) -> float:
-    """What a mixture keeps. For each expert that is used: what happens in it, its input and output, its number and two
-    places in the sort, its probability before and after they are made to sum to one. Their sum; the probabilities of
-    all experts, once more for the balance, which also keeps the load of each sequence; and the router's input, which
-    is fp32."""
-    model = recipe.model
-    chosen = expert + 2 * model.d_model * size + 3 * 8 + 2 * 4
-    probabilities = 4 * model.n_experts * (2 + 1 / recipe.data.sequence_length if model.balance_loss else 1)
-    return model.n_active_experts * chosen + 4 + probabilities + (4 - size) * model.d_model
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,21 +24,24 @@ from trainer.compiling import compiled_blocks, compiles
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
+from trainer.device import reused_memory
 from trainer.distillation import Teacher
 from trainer.engines import Setup, build_engine
+from trainer.engines.base import uncounted
 from trainer.engines.shares import passes
 from trainer.errors import CheckpointError, DataError
 from trainer.extras import unusable_precision
 from trainer.gates import check_causality, check_floor
 from trainer.loss_scale import LossScale
 from trainer.memory import micro_batch, out_of_memory, recompute_blocks
-from trainer.model import EvolmForCausalLM
+from trainer.model import EvolmForCausalLM, rebalance
 from trainer.objective import dropout_stream
 from trainer.optim import set_learning_rate
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
 from trainer.schedule import Horizon, horizon_of, learning_rate
 from trainer.stability import Spikes, Stability
+from trainer.telemetry import Meter
 
 CHECK_EVERY = 10
 """On a GPU, steps between looks at the loss: each look waits for the device."""
@@ -48,7 +51,11 @@ CHECK_EVERY = 10
 class Progress:
     """Where a run is: tokens so far and in all, FLOPs of this call, and what the last step looked like. Losses are nats
     per token. `oom_backoffs` and `skipped_steps` count from the first token: how often a device was out of memory and
-    the micro-batch was halved, and steps that were spikes."""
+    the micro-batch was halved, and steps that were spikes.
+
+    Where `looked` is false, loss and gradient norm are those of an earlier step: a GPU was not made to wait. `details`
+    gives more by name when it is called, and waits for the device (see `Meter.details`).
+    """
 
     tokens: int
     total_tokens: int
@@ -60,6 +67,9 @@ class Progress:
     micro_batch_tokens: int
     oom_backoffs: int
     skipped_steps: int
+    step: int = 0
+    looked: bool = True
+    details: Callable[[], Mapping[str, float]] = dict
 
 
 Report = Callable[[Progress], bool]
@@ -139,10 +149,11 @@ def train(
     )
     if start is not None:
         run.load(start)
-    run.check(check_causality)
-    finished = run.advance(report)
-    if finished:
-        run.finish()
+    with reused_memory():
+        run.check(check_causality)
+        finished = run.advance(report)
+        if finished:
+            run.finish()
     return run.record(finished)
 
 
@@ -164,6 +175,7 @@ class _Run:
         self.checkpoints, self.device, self.teacher = checkpoints, device, teacher
         self.ranks, self.engine = setup.ranks, build_engine(recipe, seed, device, setup, teacher)
         self.loader: Loader = corpus.loader(seed)
+        self.meter = Meter(self.loader, device)
         self.average = Average(self.engine.model, recipe.train.ema) if recipe.train.ema else None
         self.scale = LossScale(device) if recipe.train.precision == "fp16" else None
         self.spikes = Spikes(recipe.train.skip_spikes) if recipe.train.skip_spikes else None
@@ -288,7 +300,8 @@ class _Run:
         first = self.samples == self.first_sample
         self.samples += count
         last = self.samples == self.horizon.samples
-        if self.device.type == "cpu" or self.spikes is not None or first or last or number % CHECK_EVERY == 0:
+        now = self.device.type == "cpu" or self.spikes is not None or first or last or number % CHECK_EVERY == 0
+        if now:
             self.look(number + 1, loss, norm, last=last, skipped=skip)
         tokens = count * self.horizon.sequence_length
         return Progress(
@@ -302,6 +315,9 @@ class _Run:
             micro_batch_tokens=self.micro * self.horizon.sequence_length,
             oom_backoffs=self.oom_backoffs,
             skipped_steps=0 if self.spikes is None else self.spikes.skipped,
+            step=number + 1,
+            looked=now,
+            details=partial(self.meter.details, self.samples, self.engine.norms),
         )
 
     def gradient(self, count: int) -> torch.Tensor:
@@ -338,12 +354,15 @@ class _Run:
         for share in shares:
             start = self.samples + share.offset
             batch = self.batch(start, share.samples)
-            with dropout_stream(self.recipe, self.seed, start, self.device):
+            counted = nullcontext() if share.weight else uncounted(self.engine.model)
+            with counted, dropout_stream(self.recipe, self.seed, start, self.device):
                 losses = self.engine.forward(batch, last=share is shares[-1], length=length)
                 loss = losses.objective / tokens
                 loss = share.weight * (loss if losses.balance is None else loss + losses.balance / pieces)
                 self.engine.backward(loss if self.scale is None else self.scale.scaled(loss))
-            total += share.weight * losses.nats / tokens
+            total += share.weight * losses.nats.sum() / tokens
+            if share.weight:
+                self.meter.add(start, share.samples, losses.nats)
         return self.ranks.sum(total)
 
     def batch(self, start: int, count: int) -> torch.Tensor:
@@ -372,6 +391,8 @@ class _Run:
             self.scale.step(self.engine.optimizer, skip=skip)
         elif not skip:
             self.engine.update()
+        if self.recipe.model.ffn == "moe" and self.recipe.model.balance == "bias":
+            rebalance(self.engine.model, self.recipe.model.balance_rate)
         self.engine.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(number)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
-"""Logits held at a time: what fits a core's cache, or what keeps a GPU busy."""
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
+"""Logits held at a time: what stays in a cache and is still a large product, or what keeps a GPU busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def fused_loss(
     lesson: Lesson | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_cross_entropy`, of which a lesson takes its share, and beside it the cross-entropy alone, which has no
-    gradient: the nats of the text, whatever else is made small."""
+    gradient and one term for each of the N positions: the nats of the text, whatever else is made small."""
     kind = hidden.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     terms = _Terms(multiplier=multiplier, softcap=softcap, z_loss=z_loss, lesson=lesson)
@@ -153,19 +153,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = _rows(hidden, weight)
         to_hidden = torch.empty_like(inputs)
         to_weight = torch.zeros_like(weight, dtype=torch.float32)
-        nats = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        extra = torch.zeros_like(nats)
+        nats = torch.empty(len(inputs), dtype=torch.float32, device=hidden.device)
+        extra = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(inputs), rows):
                 part = inputs[start : start + rows]
                 target = targets[start : start + rows, None]
                 logits = (part @ matrix.t()).float()
-                slope = _bend(logits, terms.multiplier, terms.softcap)
-                gradient = _gradient(logits, target, slice(start, start + rows), terms, nats, extra)
-                if slope is not None:
-                    gradient.mul_(slope)
-                if terms.multiplier != 1.0:
-                    gradient.mul_(terms.multiplier)
+                gradient = _bent_gradient(logits, target, slice(start, start + rows), terms, nats, extra)
                 gradient = gradient.to(precision)
                 torch.mm(gradient, matrix, out=to_hidden[start : start + rows])
                 if precision == torch.float32:
@@ -175,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         share = 0.0 if terms.lesson is None else terms.lesson.share
-        total = (1 - share) * nats + extra
+        total = (1 - share) * nats.sum() + extra
         ctx.mark_non_differentiable(nats)
         return total, nats
 
@@ -186,6 +181,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (to_hidden * scale).to(ctx.dtypes[0]), (to_weight * scale).to(ctx.dtypes[1]), None, None, None
 
 
+def _bent_gradient(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    rows: slice,
+    terms: _Terms,
+    nats: torch.Tensor,
+    extra: torch.Tensor,
+) -> torch.Tensor:
+    """`_gradient` in what the logits are before they are multiplied and bent."""
+    slope = _bend(logits, terms.multiplier, terms.softcap)
+    gradient = _gradient(logits, target, rows, terms, nats, extra)
+    if slope is not None:
+        gradient.mul_(slope)
+    return gradient if terms.multiplier == 1.0 else gradient.mul_(terms.multiplier)
+
+
 def _gradient(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -194,21 +205,19 @@ def _gradient(
     nats: torch.Tensor,
     extra: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of some rows' loss in their logits, which it takes the place of; adds what these rows cost to the
-    sums `nats` and `extra`."""
-    picked = logits.gather(1, target)
+    """The gradient of some rows' loss in their logits; writes the cross-entropy of these rows to `nats`, and adds what
+    else they cost to the sum `extra`."""
+    softmax = torch.softmax(logits, dim=1)
+    # Of the likeliest token, whose probability is never rounded to zero; softmax itself does not tell its sum.
+    log_sum = logits.amax(dim=1, keepdim=True) - softmax.amax(dim=1, keepdim=True).log()
+    nats[rows] = (log_sum - logits.gather(1, target))[:, 0]
     pull = None if terms.lesson is None else _pull(logits, terms.lesson, rows, extra)
-    top = logits.amax(dim=1, keepdim=True)
-    mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-    log_sum = mass.log() + top
-    nats += (log_sum - picked).sum()
-    softmax = logits.div_(mass)
     kept = 1.0 if terms.lesson is None else 1 - terms.lesson.share
     if terms.z_loss:
         extra += terms.z_loss * log_sum.square().sum()
     if terms.z_loss or terms.lesson is not None:
         softmax.mul_(kept + 2 * terms.z_loss * log_sum)
-    gradient = softmax.scatter_add_(1, target, torch.full_like(top, -kept))
+    gradient = softmax.scatter_add_(1, target, torch.full_like(log_sum, -kept))
     return gradient if pull is None else gradient.add_(pull)
 
 

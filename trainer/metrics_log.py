@@ -3,34 +3,74 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+MAX_BYTES = 2**22
+"""A log is thinned before it grows beyond this."""
+
 
 class MetricsLog:
-    """Appends lines, each on the disk's way before the next; a line that an earlier writer left torn is closed
-    first."""
+    """Appends lines, each on the disk's way before the next; a line that an earlier writer left torn is closed first.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    The file never exceeds `max_bytes`: before it would, every second line of training is left out, of all the log, and
+    the file is replaced as a whole. What is left is still the whole curve. Lines without a `loss`, the scores of a
+    rung, stay; a line that is longer than all the log may be is not written.
+    """
+
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.path, self.max_bytes = path, max_bytes
         self._stream = path.open("ab+")
-        if self._stream.tell() > 0:
+        self._size = self._stream.tell()
+        if self._size > 0:
             self._stream.seek(-1, 2)
             if self._stream.read(1) != b"\n":
-                self._stream.write(b"\n")
+                self._append(b"\n")
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line."""
-        self._stream.write(json.dumps(values).encode() + b"\n")
+        line = json.dumps(values).encode() + b"\n"
+        if self._size + len(line) > self.max_bytes:
+            if len(line) > self.max_bytes:
+                return
+            self._thin(self.max_bytes - len(line))
+        self._append(line)
+
+    def _append(self, line: bytes) -> None:
+        self._stream.write(line)
         self._stream.flush()
+        self._size += len(line)
+
+    def _thin(self, room: int) -> None:
+        """Replace the file by one of half the lines, as often as it takes."""
+        kept = [(json.dumps(values).encode() + b"\n", "loss" in values) for values in read_metrics(self.path)]
+        while sum(len(line) for line, _ in kept) > room:
+            kept = _halved(kept)
+        temporary = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex[:8]}")
+        try:
+            temporary.write_bytes(b"".join(line for line, _ in kept))
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            self._stream.close()
+            self._stream = self.path.open("ab+")
+            self._size = self._stream.tell()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stream.close()
+
+
+def _halved(lines: list[tuple[bytes, bool]]) -> list[tuple[bytes, bool]]:
+    """The lines without every second one of training; where there is none left to spare, without the oldest."""
+    places = [place for place, (_, training) in enumerate(lines) if training]
+    out = set(places[1::2]) or {0}
+    return [line for place, line in enumerate(lines) if place not in out]
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,8 @@ import torch
 
 from trainer.data.loader import stream_seed
 from trainer.distillation import Teacher
-from trainer.loss import fused_loss, load_imbalance
+from trainer.loss import fused_loss
+from trainer.mixture_loss import mixture_loss, watches_routers
 from trainer.model import EvolmForCausalLM
 from trainer.recipe import Recipe
 
@@ -19,8 +20,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Losses(NamedTuple):
-    """Of some sequences: `objective`, summed over tokens, and `balance`, summed over sequences, or None, are made
-    small; `nats` is the cross-entropy alone, summed over tokens, without a gradient."""
+    """Of some sequences: `objective`, summed over tokens, and `balance`, what mixtures of experts add, summed over
+    sequences, or None, are made small; `nats` is the cross-entropy alone, of each token in their order, without a
+    gradient."""
 
     objective: torch.Tensor
     balance: torch.Tensor | None
@@ -38,21 +40,21 @@ def training_loss(
     """The losses of sequences of token ids (B, T+1), each cut into pieces of `length` tokens that do not see each other
     where one is given: the tokens that are predicted stay the same."""
     inputs, targets = (part.reshape(-1, length or part.shape[1]) for part in (batch[:, :-1], batch[:, 1:]))
-    balanced = recipe.model.ffn == "moe" and recipe.model.balance_loss > 0
+    routed = watches_routers(recipe.model)
     with autocast(recipe, batch.device):
         lesson = None if teacher is None else teacher.lesson(inputs)
-        output = model.model(inputs, use_cache=False, output_router_logits=balanced)
+        output = model.model(inputs, use_cache=False, output_router_logits=routed)
+        head = model.head()
         objective, nats = fused_loss(
             output.last_hidden_state.flatten(0, 1),
-            model.lm_head.weight,
+            head.weight,
             targets.flatten(),
+            multiplier=head.multiplier,
+            softcap=head.softcap,
             z_loss=recipe.train.z_loss,
             lesson=lesson,
         )
-    if not balanced:
-        return Losses(objective, None, nats)
-    balance = recipe.model.balance_loss * load_imbalance(output.router_logits, recipe.model.n_active_experts)
-    return Losses(objective, balance, nats)
+    return Losses(objective, mixture_loss(recipe.model, output.router_logits) if routed else None, nats)
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -35,8 +35,17 @@ def _tokens(text: str | None) -> int | None:
 
 Tokens = Annotated[str | None, typer.Option(help="Training tokens, such as 2M.", metavar="N")]
 PromotedTokens = Annotated[
-    str | None, typer.Option(help="Training tokens, such as 2M; 4 times the last rung when absent.", metavar="N")
+    str | None,
+    typer.Option(
+        help="Training tokens, such as 2M; when absent 4 times the last rung, or for a larger model as many for each "
+        "parameter as there.",
+        metavar="N",
+    ),
 ]
+
+
+def _larger(what: str) -> Any:
+    return typer.Option(min=1, metavar="K", help=f"Make the model K times as {what}; what was tuned is carried over.")
 
 
 def _weights(text: str | None, domains: Iterable[str]) -> dict[str, float] | None:
@@ -66,6 +75,8 @@ def promote(
     run: Run,
     trial: Annotated[str, typer.Argument(help="A trial's number, best or knee.", metavar="TRIAL")],
     tokens: PromotedTokens = None,
+    width: Annotated[int | None, _larger("wide")] = None,
+    depth: Annotated[int | None, _larger("deep")] = None,
     cache: Cache = None,
     force: Annotated[bool, typer.Option("--force", help="Export even when the baseline is no worse.")] = False,
 ) -> None:
@@ -76,6 +87,8 @@ def promote(
       evolm promote demo-1 best --tokens 2M
 
       evolm promote runs/demo-1 17
+
+      evolm promote demo-1 best --width 2 --depth 2
     """
     from evolm.errors import GateError
     from evolm.promote import promote as promote_trial
@@ -86,7 +99,14 @@ def promote(
     found = loaded.trial(trial)
     try:
         done = promote_trial(
-            loaded, found, tokens=length, cache=cache, force=force, say=lambda text: typer.echo(text, err=True)
+            loaded,
+            found,
+            tokens=length,
+            width=width,
+            depth=depth,
+            cache=cache,
+            force=force,
+            say=lambda text: typer.echo(text, err=True),
         )
     except GateError as refused:
         _print_comparison(refused.result)
@@ -142,6 +162,9 @@ def train(
     offload: Annotated[
         bool, typer.Option("--offload", help="Optimiser state in the CPU's memory (deepspeed).")
     ] = False,
+    sink: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, mlflow, wandb or a plug-in: where its numbers go besides.")
+    ] = None,
 ) -> None:
     """Train one recipe to the end; run it again to go on after an interruption.
 
@@ -183,6 +206,7 @@ def train(
             engine=cast("EngineName | None", engine),
             zero_stage=cast("ZeroStage", zero_stage),
             offload=offload,
+            sinks=list(dict.fromkeys(sink or [])),
         )
     except RankLost:
         if LAUNCHER in os.environ:

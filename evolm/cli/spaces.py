@@ -23,7 +23,11 @@ def register(app: typer.Typer) -> None:
 
 def init(
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="FILE")] = Path("space.yaml"),
-    template: Annotated[str, typer.Option(help="demo, cpu, cluster, mix or command.")] = "demo",
+    template: Annotated[str | None, typer.Option(help="demo, cpu, cluster, mix or command; demo when absent.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="In place of a template, a search around a model of known size: micro, small, ..."),
+    ] = None,
 ) -> None:
     """Write a commented space file to start from.
 
@@ -32,10 +36,14 @@ def init(
       evolm init
 
       evolm init my_space.yaml --template mix
-    """
-    from evolm.templates import write_template
 
-    written = write_template(template, out)
+      evolm init my_space.yaml --preset small
+    """
+    from evolm.templates import write_preset, write_template
+
+    if template is not None and preset is not None:
+        raise typer.BadParameter("--template and --preset are two places to start from: give one of them")
+    written = write_template(template or "demo", out) if preset is None else write_preset(preset, out)
     typer.echo(f"{' and '.join(map(str, written))}: change what is yours, then: evolm validate {out}")
 
 

@@ -16,6 +16,8 @@ import evolm as package
 from evolm.errors import DataError, GateError
 from evolm.promote import promote
 from evolm.run_folder import RunFolder
+from trainer.recipe import Recipe
+from trainer.scaling import scaling_params
 
 
 @pytest.fixture
@@ -166,3 +168,65 @@ def test_a_signal_ends_both_trainings_and_the_same_command_goes_on(run: Path) ->
     for name in ("pretrain", "baseline"):
         assert (best / name / "checkpoints/latest/checkpoint.json").is_file()
         assert not RunFolder(best / name).busy  # nobody trains on behind our back
+
+
+# --- at a larger size -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Path:
+    """A run whose best trial was promoted to twice the width and depth, once for all tests that look at it."""
+    folder = tmp_path_factory.mktemp("larger") / "first"
+    shutil.copytree(finished_run, folder)
+    command = [sys.executable, "-m", "evolm", "promote", str(folder), "best", "--width", "2", "--depth", "2", "--force"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    assert "at 2 times the width and 2 times the depth that the search had" in done.stderr
+    return folder / "promoted" / str(package.load(folder).trial("best").id)
+
+
+def test_winner_and_baseline_grow_alike_from_their_own_shapes(larger: Path) -> None:
+    trial = package.load(larger.parents[1]).trial("best")
+    searched = {"pretrain": trial.genome, "baseline": package.load(larger.parents[1]).file.space.baseline.values()}
+    for name, genome in searched.items():
+        trained = json.loads((larger / name / "recipe.json").read_text())["recipe"]
+        width = genome["model"]["d_model"]
+        assert (trained["model"]["d_model"], trained["model"]["n_layers"]) == (2 * width, 2)
+        assert (trained["model"]["n_heads"], trained["model"]["head_dim"]) == (2, 16)
+        assert trained["train"]["parameterization"] == "completep"
+        assert (trained["train"]["base_d_model"], trained["train"]["base_n_layers"]) == (width, 1)
+
+
+def test_the_promotion_says_what_was_scaled_and_how(larger: Path) -> None:
+    told = json.loads((larger / "promotion.json").read_text())
+    assert told["scale"] == {"width": 2, "depth": 2, "tuned_at": 2048, "parameterization": "completep"}
+    assert json.loads((larger / "export/hf/evolm.json").read_text())["scale"] == told["scale"]
+
+
+def test_a_larger_model_sees_as_many_tokens_for_each_parameter(larger: Path) -> None:
+    trial = package.load(larger.parents[1]).trial("best")
+    trained = json.loads((larger / "pretrain/recipe.json").read_text())
+    small, large = (scaling_params(Recipe.model_validate(one)) for one in (trial.genome, trained["recipe"]))
+    assert trained["tokens"] == round(2048 * large / small) > 4 * 2048
+
+
+def test_a_larger_promotion_goes_on_as_it_was_begun_and_not_otherwise(larger: Path, evolm) -> None:
+    run, trial = larger.parents[1], larger.name
+    assert evolm("promote", run, trial, "--force").code == 0
+    assert evolm("promote", run, trial, "--force", "--width", "2", "--depth", "2").code == 0
+    said = evolm("promote", run, trial, "--force", "--width", "3")
+    assert said.code == 2 and "holds a promotion at 2 times the width and 2 times the depth, not" in said.err
+    assert "at 3 times the width and 1 times the depth; leave --width and --depth out" in said.err
+    said = evolm("promote", run, trial, "--force", "--width", "1")
+    assert said.code == 2 and "not at the size of the search" in said.err
+
+
+def test_a_promotion_at_the_size_of_the_search_does_not_grow_later(promoted: Path, evolm) -> None:
+    said = evolm("promote", promoted.parents[1], promoted.name, "--depth", "2", "--force")
+    assert said.code == 2 and "holds a promotion at the size of the search, not at 1 times the width" in said.err
+
+
+def test_a_size_that_no_recipe_has_is_refused_before_anything_is_trained(run: Path, evolm) -> None:
+    said = evolm("promote", run, "2", "--depth", "2000")
+    assert said.code == 2 and "model.n_layers: must be <= 1024, is 2000" in said.err
+    assert not (run / "promoted/2/pretrain").exists()

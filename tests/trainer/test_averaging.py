@@ -108,7 +108,7 @@ def test_the_weights_that_are_judged_can_be_loaded_alone(runs, recipe_of, tmp_pa
 def test_a_damaged_raw_file_is_noticed(runs, tmp_path):
     file = tmp_path / "0.8" / "raw.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="raw.safetensors: content differs from its checksum"):
+    with pytest.raises(CheckpointError, match=r"raw\.safetensors: content differs from its checksum"):
         read_state(tmp_path / "0.8")
 
 

@@ -4,68 +4,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+import model_shapes
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from model_shapes import shapes
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
 
 import trainer
+from trainer.activation_memory import activation_bytes_per_token, mask_bytes
 from trainer.checkpoint import RunState, save_checkpoint
-from trainer.cost import (
-    MICRO_BATCH_TOKENS,
-    NAMES,
-    activation_bytes_per_token,
-    costs,
-    exact_functions,
-    micro_batch_tokens,
-)
+from trainer.cost import MICRO_BATCH_TOKENS, NAMES, costs, exact_functions, micro_batch_tokens
 from trainer.model import build_model
 from trainer.model.modeling_evolm import EvolmExperts
 from trainer.objective import training_loss
 from trainer.optim import build_optimizer
+from trainer.parameter_groups import kind_of
+from trainer.weights import weights
 
 SHAPES = {
-    "mha": {},
-    "gqa": {"n_heads": 4, "n_kv_heads": 2},
-    "mqa": {"n_heads": 4, "n_kv_heads": 1},
-    "free head size": {"n_heads": 3, "head_dim": 10},
-    "per layer": {"n_heads": [4, 2], "n_kv_heads": [2, 1], "ffn_dim": [48, 96], "head_dim": 8},
-    "gelu": {"ffn": "gelu"},
-    "relu2": {"ffn": "relu2"},
-    "moe": {"ffn": "moe", "n_experts": 4},
-    "moe, three of five, per layer": {"ffn": "moe", "n_experts": 5, "n_active_experts": 3, "ffn_dim": [48, 96]},
+    **model_shapes.SHAPES,
     "moe without balance": {"ffn": "moe", "n_experts": 2, "n_active_experts": 1, "balance_loss": 0.0},
-    "no qk-norm": {"qk_norm": False},
-    "untied": {"tie_embeddings": False},
+    "dropout": {"dropout": 0.1},
+    "dropout, norms around": {"dropout": 0.1, "norm_placement": "sandwich"},
 }
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
-@st.composite
-def shapes(draw):
-    layers = draw(st.integers(1, 4))
-    kv_heads = draw(st.lists(st.integers(1, 4), min_size=layers, max_size=layers))
-    groups = draw(st.lists(st.integers(1, 3), min_size=layers, max_size=layers))
-    return {
-        "d_model": draw(st.integers(1, 64)),
-        "n_layers": layers,
-        "n_heads": [heads * group for heads, group in zip(kv_heads, groups, strict=True)],
-        "n_kv_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 16)),
-        **draw(
-            st.sampled_from([{"ffn": "swiglu"}, {"ffn": "gelu"}, {"ffn": "relu2"}])
-            | st.fixed_dictionaries(
-                {"ffn": st.just("moe"), "n_experts": st.integers(4, 8), "n_active_experts": st.integers(1, 4)}
-            )
-        ),
-        "ffn_dim": draw(st.none() | st.lists(st.integers(1, 90), min_size=layers, max_size=layers)),
-        "qk_norm": draw(st.booleans()),
-        "tie_embeddings": draw(st.booleans()),
-    }
 
 
 any_shape = settings(derandomize=True, deadline=None, max_examples=20)
@@ -91,8 +57,18 @@ def test_parameters_are_those_of_the_model(recipe_of, shape):
     unused = sum(expert.numel() for module in experts for stack in module.parameters() for expert in stack)
     unused = unused * (recipe.model.n_experts - recipe.model.n_active_experts) // max(1, recipe.model.n_experts)
     assert found.active_params == found.params - unused
-    embeddings = {id(module.weight): module.weight.numel() for module in (model.model.embed_tokens, model.lm_head)}
-    assert found.embedding_params == sum(embeddings.values())
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    tensors = {id(module.weight): module.weight.numel() for module in (*embeddings, model.lm_head)}
+    assert found.embedding_params == sum(tensors.values())
+
+
+@any_shape
+@given(shape=shapes())
+def test_each_weight_is_one_of_the_model_and_of_its_kind(recipe_of, shape):
+    recipe = recipe_of(model=shape)
+    named = build_model(recipe, 0).named_parameters()
+    built = sorted((kind_of(name, parameter), tuple(parameter.shape)) for name, parameter in named)
+    assert built == sorted((weight.kind, weight.shape) for weight in weights(recipe))
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -107,21 +83,29 @@ def flops_per_token(recipe, run):
     return counter.get_total_flops() / ids.numel()
 
 
+def beyond_windows(recipe):
+    """What attention that is written out computes in vain: scores of tokens that a sliding layer does not see."""
+    length = recipe.data.sequence_length
+    unseen = max(0, length - recipe.model.window)
+    sliding = [layer for layer in recipe.model.layers() if layer.attention == "sliding"]
+    return sum(4 * layer.n_heads * layer.head_dim * unseen for layer in sliding)
+
+
 @any_shape
 @given(shape=shapes())
 @torch.no_grad()
 def test_forward_flops_are_what_torch_counts(recipe_of, shape):
     recipe = recipe_of(model=shape)
-    assert flops_per_token(recipe, lambda model, ids: model(ids)) == costs(recipe).forward_flops_per_token
+    counted = flops_per_token(recipe, lambda model, ids: model(ids))
+    assert costs(recipe).forward_flops_per_token == counted - beyond_windows(recipe)
 
 
 @every_shape
 @pytest.mark.parametrize("length", [8, 64])
 def test_training_flops_are_what_torch_counts(recipe_of, shape, length):
     recipe = recipe_of(model=shape, data={"sequence_length": length})
-    assert (
-        flops_per_token(recipe, lambda model, ids: model(ids).logits.sum().backward()) == costs(recipe).flops_per_token
-    )
+    counted = flops_per_token(recipe, lambda model, ids: model(ids).logits.sum().backward())
+    assert costs(recipe).flops_per_token == counted - 3 * beyond_windows(recipe)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -130,6 +114,8 @@ def test_training_flops_are_what_torch_counts(recipe_of, shape, length):
 def bytes_kept(recipe, rows):
     """Bytes of the tensors that autograd keeps for the backward pass, without the parameters themselves."""
     model, ids = build_model(recipe, 0), random_ids(recipe, rows)
+    if recipe.train.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -153,7 +139,18 @@ def head_gradient(recipe):
 @every_shape
 def test_activation_memory_in_fp32_is_what_autograd_keeps(recipe_of, shape):
     recipe = recipe_of(model={"d_model": 64, **shape})
-    kept = bytes_kept(recipe, rows=16) - head_gradient(recipe)
+    kept = bytes_kept(recipe, rows=16) - head_gradient(recipe) - mask_bytes(recipe, 4)
+    assert kept / (16 * 32) == pytest.approx(activation_bytes_per_token(recipe, 4), rel=0.005)
+
+
+WINDOWED = {"n_heads": 4, "n_kv_heads": 2, "attention": ["full", "sliding"], "window": 5}
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "sdpa", "eager"])
+@pytest.mark.parametrize("shape", [{}, WINDOWED, {"rope_fraction": 0.5}], ids=["plain", "windowed", "part of heads"])
+def test_every_attention_kernel_keeps_what_is_said_of_it(recipe_of, kernel, shape):
+    recipe = recipe_of(model={"d_model": 64, **shape}, train={"attention_kernel": kernel})
+    kept = bytes_kept(recipe, rows=16) - head_gradient(recipe) - mask_bytes(recipe, 4)
     assert kept / (16 * 32) == pytest.approx(activation_bytes_per_token(recipe, 4), rel=0.005)
 
 
@@ -170,8 +167,22 @@ def test_activation_memory_in_bf16_is_near_what_autograd_keeps(recipe_of, shape)
     found = costs(recipe)
     norms = sum(p.numel() for name, p in build_model(recipe, 0).named_parameters() if "norm" in name)
     casted = 2 * (found.params - found.embedding_params - norms)
-    kept = bytes_kept(recipe, rows=16) - head_gradient(recipe) - casted
+    kept = bytes_kept(recipe, rows=16) - head_gradient(recipe) - casted - mask_bytes(recipe, 2)
     assert kept / (16 * 32) == pytest.approx(activation_bytes_per_token(recipe, 2), rel=0.15)
+
+
+def test_gradient_checkpointing_keeps_what_blocks_read_and_is_charged_for_one_block_besides(recipe_of):
+    saving = recipe_of(model={"n_layers": 3}, train={"gradient_checkpointing": True})
+    one, two = (activation_bytes_per_token(recipe_of(model={"n_layers": layers}), 4) for layers in (1, 2))
+    kept = (bytes_kept(saving, rows=6) - bytes_kept(saving, rows=2)) / (4 * 32) - 8 * 33 / 32
+    assert activation_bytes_per_token(saving, 4) == kept + (two - one)
+
+
+def test_the_widest_block_is_the_one_that_is_charged(recipe_of):
+    train = {"gradient_checkpointing": True}
+    widths = [recipe_of(model={"ffn_dim": width}, train=train) for width in ([64, 64], [64, 96], [96, 64], [96, 96])]
+    found = [activation_bytes_per_token(recipe, 4) for recipe in widths]
+    assert found[0] < found[1] == found[2] == found[3]
 
 
 def test_training_memory_is_state_head_gradient_and_the_activations_of_a_micro_batch(recipe_of):
@@ -191,15 +202,29 @@ def test_smaller_micro_batches_and_bf16_need_less_memory(recipe_of):
     assert len(set(memory)) == 3
 
 
-@every_shape
-@torch.no_grad()
-def test_kv_bytes_are_those_of_the_cache_in_bf16(recipe_of, shape):
-    recipe = recipe_of(model=shape)
+def bytes_cached(recipe):
+    """Of the cache in bf16 for each of three sequences, after all their tokens."""
     model, ids = build_model(recipe, 0).to(torch.bfloat16), random_ids(recipe, rows=3)[:, 1:]
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True)
-    kept = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert costs(recipe).kv_bytes_per_token == kept / ids.numel()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / 3
+
+
+@every_shape
+def test_kv_bytes_are_those_of_the_cache(recipe_of, shape):
+    """Between two tokens, sliding layers keep their window but for the token that leaves it next."""
+    recipe = recipe_of(model=shape)
+    sliding = [layer for layer in recipe.model.layers() if layer.attention == "sliding"]
+    leaving = sum(4 * layer.n_kv_heads * layer.head_dim for layer in sliding)
+    assert costs(recipe).kv_bytes == bytes_cached(recipe) + leaving
+
+
+@every_shape
+def test_kv_bytes_per_token_are_those_of_the_cache_within_all_windows(recipe_of, shape):
+    recipe = recipe_of(model={**shape, "window": 64})
+    assert costs(recipe).kv_bytes_per_token == bytes_cached(recipe) / 32
+    assert costs(recipe).kv_bytes == bytes_cached(recipe)
 
 
 @every_shape

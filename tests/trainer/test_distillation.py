@@ -49,7 +49,7 @@ def test_it_is_looked_for_below_the_roots(recipe_of, corpus, teachers, tmp_path,
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(train={"teacher": "good"})
     assert Teacher.open(recipe, corpus.tokenizer, [tmp_path, teachers]) is not None
-    with pytest.raises(DataError, match="train.teacher 'good': no such folder"):
+    with pytest.raises(DataError, match=r"train\.teacher 'good': no such folder"):
         Teacher.open(recipe, corpus.tokenizer, [tmp_path])
     shutil.copytree(teachers / "good", tmp_path / "good")
     assert Teacher.open(recipe, corpus.tokenizer) is not None
@@ -81,7 +81,7 @@ def test_a_folder_without_a_model_is_refused(corpus, teachers, tmp_path, recipe_
 
 def test_one_that_reads_less_is_refused(recipe_of, corpus, teachers):
     recipe = recipe_of(data={"sequence_length": 64}, train={"teacher": str(teachers / "good")})
-    with pytest.raises(DataError, match="reads 32 tokens, data.sequence_length is 64"):
+    with pytest.raises(DataError, match=r"reads 32 tokens, data\.sequence_length is 64"):
         Teacher.open(recipe, corpus.tokenizer)
 
 

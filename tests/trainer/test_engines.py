@@ -43,6 +43,7 @@ RECIPES = {
     "plain": PLAIN,
     "untied": {"model": {"tie_embeddings": False, "n_heads": [2, 1], "head_dim": 16}, "train": {"grad_clip": 0.1}},
     "moe": {"model": {"ffn": "moe", "n_experts": 3, "ffn_dim": 16, "balance_loss": 0.1}, **PLAIN},
+    "bias": {"model": {"ffn": "moe", "n_experts": 4, "ffn_dim": 16, "balance": "bias", "balance_rate": 0.02}, **PLAIN},
     "bf16": {"train": {"precision": "bf16"}},
     "muon": {"train": {"optimizer": "muon"}},
     "mean": {
@@ -58,6 +59,7 @@ RECIPES = {
 OTHERS = [
     *((model, engine) for model in ("untied", "moe") for engine in ("fsdp", "zero3")),
     ("moe", "ddp"),
+    *(("bias", engine) for engine in ("ddp", "fsdp", "zero2", "zero3")),
     ("bf16", "fsdp"),
     ("bf16", "zero3"),
     ("muon", "ddp"),
@@ -187,7 +189,14 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(world, reference, engine):
     near(world.alone("plain", start=world.folder / engine / "latest"), reference["plain"][STOP:])
 
 
-@pytest.mark.parametrize(("model", "place"), [*(("plain", f"{engine}/final") for engine in ENGINES), ("mean", "fsdp")])
+PLACES = [
+    *(("plain", f"{engine}/final") for engine in ENGINES),
+    ("mean", "fsdp"),
+    *(("bias", engine) for engine in ("ddp", "fsdp", "zero2", "zero3")),
+]
+
+
+@pytest.mark.parametrize(("model", "place"), PLACES)
 def test_checkpoints_are_those_of_one_process(world, tmp_path, model, place):
     world.alone(model, checkpoints=Checkpoints(final=tmp_path))
     theirs = world.folder / (place if model == "plain" else f"{model}/{place}")

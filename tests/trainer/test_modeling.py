@@ -3,53 +3,18 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from model_shapes import MOE, PER_LAYER, SHAPES, VOCABULARY, random_ids, shaken, shapes
 from reference_transformer import reference_logits
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.model import EvolmConfig, EvolmForCausalLM, build_model, config_of
 
-VOCABULARY = 320
-
-
-def random_ids(rows=2, length=16, seed=0):
-    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def shaken(model, seed=1):
-    """The model with every weight, norms too, moved away from where initialisation puts it."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
 
 @pytest.fixture
 def model_of(recipe_of):
     return lambda seed=0, **model: shaken(build_model(recipe_of(model=model), seed))
 
-
-PER_LAYER = {"n_heads": [4, 2], "n_kv_heads": [2, 1], "ffn_dim": [48, 96], "head_dim": 8}
-
-MOE = {"ffn": "moe", "n_experts": 4}
-
-SHAPES = {
-    "mha": {},
-    "gqa": {"n_heads": 4, "n_kv_heads": 2},
-    "mqa": {"n_heads": 4, "n_kv_heads": 1},
-    "free head size": {"n_heads": 3, "head_dim": 10},
-    "per layer": PER_LAYER,
-    "one layer": {"n_layers": 1},
-    "gelu": {"ffn": "gelu"},
-    "relu2": {"ffn": "relu2"},
-    "moe": MOE,
-    "moe, three of five, per layer": {**PER_LAYER, **MOE, "n_experts": 5, "n_active_experts": 3},
-    "no qk-norm": {"qk_norm": False},
-    "untied": {"tie_embeddings": False},
-    "rope and eps": {"rope_theta": 500.0, "norm_eps": 1e-2},
-}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
@@ -66,31 +31,7 @@ def test_logits_are_those_of_the_formulas(recipe_of, model_of, shape):
         assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-@st.composite
-def shapes(draw):
-    layers = draw(st.integers(1, 3))
-    kv_heads = draw(st.lists(st.integers(1, 3), min_size=layers, max_size=layers))
-    groups = draw(st.lists(st.integers(1, 3), min_size=layers, max_size=layers))
-    return {
-        "d_model": draw(st.integers(4, 24)),
-        "n_layers": layers,
-        "n_heads": [heads * group for heads, group in zip(kv_heads, groups, strict=True)],
-        "n_kv_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 6)),
-        **draw(
-            st.sampled_from([{"ffn": "swiglu"}, {"ffn": "gelu"}, {"ffn": "relu2"}])
-            | st.fixed_dictionaries(
-                {"ffn": st.just("moe"), "n_experts": st.integers(4, 8), "n_active_experts": st.integers(1, 4)}
-            )
-        ),
-        "ffn_dim": draw(st.lists(st.integers(1, 40), min_size=layers, max_size=layers)),
-        "qk_norm": draw(st.booleans()),
-        "tie_embeddings": draw(st.booleans()),
-        "rope_theta": draw(st.sampled_from([10.0, 10_000.0, 1e6])),
-    }
-
-
-@settings(derandomize=True, deadline=None, max_examples=12)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(shape=shapes())
 @torch.no_grad()
 def test_any_shape_computes_the_formulas(recipe_of, shape):
@@ -119,6 +60,8 @@ def test_a_later_token_never_moves_an_earlier_logit(model_of, shape):
 @every_shape
 @torch.no_grad()
 def test_eager_attention_equals_the_fused_kernel(model_of, shape):
+    if "attention_softcap" in shape:
+        pytest.skip("the fused kernel knows no softcap")
     model, ids = model_of(**shape), random_ids()
     fused = model(ids).logits
     model.set_attn_implementation("eager")
@@ -142,12 +85,30 @@ def test_the_cache_changes_nothing(model_of, shape, pieces):
 @every_shape
 @torch.no_grad()
 def test_padding_on_the_left_changes_nothing(model_of, shape, given_positions):
+    if not given_positions and shape.get("positions") in ("learned", "sinusoidal"):
+        pytest.skip("these positions count from the left of the batch where none are given")
     model, ids = model_of(**shape), random_ids()
     padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), ids], dim=1)
     mask = torch.cat([torch.zeros(2, 5, dtype=torch.int64), torch.ones_like(ids)], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0) if given_positions else None
     logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
     torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@every_shape
+@torch.no_grad()
+def test_padding_and_cache_together_change_nothing(model_of, shape):
+    model, ids = model_of(**shape), random_ids()
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), ids], dim=1)
+    mask = (torch.arange(21) >= 5).long().expand(2, -1)
+    logits, past, end = [], None, 0
+    for part in padded.split([9, 1, 4, 7], dim=1):
+        start, end = end, end + part.shape[1]
+        positions = (torch.arange(start, end) - 5).clamp(min=0).unsqueeze(0)
+        output = model(part, attention_mask=mask[:, :end], position_ids=positions, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1)[:, 5:], model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -234,86 +195,6 @@ def test_bf16_is_close_to_fp32(model_of, shape):
     assert (logits.float() - reference).abs().mean() < 0.03 * reference.abs().mean()
 
 
-# --- mixtures of experts ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mixture_of(recipe_of):
-    """A mixture by itself: 32 wide, its router and experts drawn wide enough to matter."""
-
-    def build(**model):
-        recipe = recipe_of(model={**MOE, "n_layers": 1, "init_std": 0.5, **model})
-        return build_model(recipe, 0).model.layers[0].mlp
-
-    return build
-
-
-def test_one_expert_of_all_is_that_expert(mixture_of):
-    """With one expert for each token its weight is one, whatever its probability."""
-    mixture = mixture_of(n_active_experts=1)
-    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
-    likeliest = mixture.gate(x).argmax(dim=-1)
-    assert len(likeliest.unique()) == 4
-    for token, expert, output in zip(x.flatten(0, 1), likeliest.flatten(), mixture(x).flatten(0, 1), strict=True):
-        gate, up = (mixture.experts.gate_up_proj[expert] @ token).chunk(2)
-        expected = mixture.experts.down_proj[expert] @ (functional.silu(gate) * up)
-        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_experts_that_are_alike_are_one_expert(mixture_of):
-    """Weights sum to one, and no token is left out however many want the same expert."""
-    mixture = mixture_of(n_active_experts=3)
-    with torch.no_grad():
-        for stack in (mixture.experts.gate_up_proj, mixture.experts.down_proj):
-            stack.copy_(stack[:1].expand_as(stack).clone())
-        mixture.gate.weight.mul_(100)
-    x = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(0)).abs()
-    gate, up = functional.linear(x, mixture.experts.gate_up_proj[0]).chunk(2, dim=-1)
-    expected = functional.linear(functional.silu(gate) * up, mixture.experts.down_proj[0])
-    torch.testing.assert_close(mixture(x), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_the_gradient_reaches_the_router_and_the_experts_that_were_used_alone(mixture_of):
-    mixture = mixture_of(n_experts=8)
-    x = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
-    used = set(mixture.gate(x).topk(2).indices.flatten().tolist())
-    mixture(x).square().sum().backward()
-    assert mixture.gate.weight.grad.abs().max() > 0
-    for stack in (mixture.experts.gate_up_proj, mixture.experts.down_proj):
-        assert {index for index, gradient in enumerate(stack.grad) if gradient.abs().max() > 0} == used
-    assert 2 <= len(used) < 8
-
-
-def test_gradients_of_a_mixture_are_those_of_the_formula(recipe_of):
-    """Every weight's, against the derivative of the reference, in which every expert is a formula."""
-    recipe = recipe_of(model=MOE)
-    model, ids = shaken(build_model(recipe, 0)), random_ids(rows=1, length=9)
-    model(ids).logits.square().sum().backward()
-    copies = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
-    reference_logits(copies, recipe, ids[0], differentiable=True).square().sum().backward()
-    for name, weight in model.named_parameters():
-        scale = copies[name].grad.abs().max()
-        assert (weight.grad - copies[name].grad).abs().max() < 1e-4 * scale, name
-
-
-def test_the_router_is_exact_in_bf16(mixture_of):
-    mixture = mixture_of()
-    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = mixture.gate(x)
-        assert mixture(x).dtype == torch.bfloat16
-    assert torch.equal(logits, x.float() @ mixture.gate.weight.T)
-
-
-@torch.no_grad()
-def test_what_the_routers_said_can_be_asked_for(model_of):
-    model, ids = model_of(**MOE), random_ids()
-    asked = model.model(ids, output_router_logits=True)
-    assert [logits.shape for logits in asked.router_logits] == [(2, 16, 4)] * 2
-    assert model.model(ids).router_logits is None
-    assert torch.equal(asked.last_hidden_state, model.model(ids).last_hidden_state)
-
-
 # --- initial weights --------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +234,7 @@ def test_what_is_saved_is_what_is_loaded(model_of, shape, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(loaded) is EvolmForCausalLM
+    loaded.set_attn_implementation(model.config._attn_implementation)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 

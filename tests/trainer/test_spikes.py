@@ -72,7 +72,7 @@ def test_too_many_in_a_row_are_no_spike():
     seen(spikes, 50)
     for step in range(MOST_SKIPPED):
         assert spikes.skip(step, 1e6, 1.0)
-    with pytest.raises(Diverged, match="step 7: 33 steps in a row .* more than 3 deviations above those before"):
+    with pytest.raises(Diverged, match=r"step 7: 33 steps in a row .* more than 3 deviations above those before"):
         spikes.skip(7, 1e6, 1.0)
 
 

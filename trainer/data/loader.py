@@ -97,7 +97,9 @@ class Loader:
         self.names = sorted(name for name, weight in weights.items() if weight > 0)
         self.sequence_length = sequence_length
         shares = np.array([weights[name] for name in self.names])
-        self._bounds = np.cumsum(shares / shares.sum())[:-1]
+        shares /= shares.sum()
+        self.shares = dict(zip(self.names, shares.tolist(), strict=True))  # of all tokens, as they are asked for
+        self._bounds = np.cumsum(shares)[:-1]
         self._offset = np.random.default_rng(stream_seed(seed, "sources")).random()
         self._streams = [SourceStream(name, shards[name], quality, sequence_length, seed) for name in self.names]
         self._known = np.zeros(0, np.uint16)  # the source of each sample so far: grown on demand, never saved
@@ -108,6 +110,11 @@ class Loader:
         sources, draws = self._draws(start, count)
         rows = [self._streams[source].window(int(draw)) for source, draw in zip(sources, draws, strict=True)]
         return np.stack(rows)
+
+    def sources(self, start: int, count: int) -> NDArray[np.int64]:
+        """Which of `names` each of the samples `start` to `start + count` comes from."""
+        self._grow(start + count)
+        return self._known[start : start + count].astype(np.int64)
 
     def drawn(self, samples: int) -> dict[str, int]:
         """Tokens that the first `samples` samples take from each source."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,14 @@ def open_tokenizer(recipe: TokenizerRecipe, sources: dict[str, Documents], cache
         tokenizer = train_bpe(_training_text(sources), recipe.vocab_size)
         tokenizer.save(str(folder / "tokenizer.json"))
 
-    return Tokenizer(cached_folder(cache, "tokenizers", key, build) / "tokenizer.json")
+    file = cached_folder(cache, "tokenizers", key, build) / "tokenizer.json"
+    return _opened(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _opened(file: Path, changed: int) -> Tokenizer:
+    """A tokenizer stays open: genomes that differ in their mix alone share it."""
+    return Tokenizer(file)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:

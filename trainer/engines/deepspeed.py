@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from search_spaces.errors import UsageError
 from trainer.averaging import Average
-from trainer.checkpoint import MODEL, OPTIMIZER, Content, read_content
+from trainer.checkpoint import MODEL, OPTIMIZER, Content, read_content, untrained
 from trainer.distillation import Teacher
 from trainer.engines.base import Objective, Setup, refuse_uncuttable
 from trainer.engines.fsdp import whole_model
@@ -40,6 +40,7 @@ class DeepSpeed:
         refuse(recipe)
         deepspeed = _deepspeed(device)
         self.recipe, self.ranks, self.device, self.stage = recipe, setup.ranks, device, setup.zero_stage
+        self.norms: Mapping[str, torch.Tensor] = {}  # no rank has a matrix whole
         self.model = build_model(recipe, seed, device)
         objective = Objective(self.model, recipe, teacher)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -89,6 +90,7 @@ class DeepSpeed:
 
         for name, parameter in self.model.named_parameters():
             yield name, safe_get_full_fp32_param(parameter)
+        yield from untrained(self.model).items()
 
     def content(self, average: Average | None) -> Content:
         """See Engine. Tensor by tensor, so that no rank but the first ever holds more than one of them whole."""
@@ -96,7 +98,7 @@ class DeepSpeed:
 
         self._link()
         keep = self.ranks.first
-        weights = {name: value.cpu() for name, value in self._weights() if keep}
+        weights = {name: value.clone().cpu() for name, value in self._weights() if keep}
         flat = self._flat()[0]
         state = self.optimizer.optimizer.state[flat]
         moments = {}
@@ -122,6 +124,8 @@ class DeepSpeed:
                 self._set(parameter, weights[name], None)
                 for key in moving:
                     self._set(parameter, moments[f"{name}.{key}"], key)
+            for name, buffer in untrained(self.model).items():
+                buffer.copy_(weights[name])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
 

@@ -6,7 +6,8 @@ leaves them too; their gradients are summed in one message a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from trainer.checkpoint import untrained
 from trainer.cost import costs
 from trainer.distillation import Teacher
 from trainer.engines.base import Objective, Setup, refuse_uncuttable
@@ -39,6 +41,7 @@ class FSDP(Single):
     ) -> None:
         refuse_uncuttable(recipe, "fsdp")
         self.recipe, self.ranks, self.device, self.teacher = recipe, setup.ranks, device, teacher
+        self.norms: Mapping[str, torch.Tensor] = {}  # no rank has a matrix whole
         self.model = build_model(recipe, seed)
         self.objective = self._cut()
         self.optimizer = build_optimizer(self.model, recipe)
@@ -98,7 +101,9 @@ class FSDP(Single):
     def whole(self) -> EvolmForCausalLM | None:
         """See Engine."""
         weights = ((name, gathered(parameter)) for name, parameter in self.model.named_parameters())
-        return whole_model(self.recipe, self.device, weights, keep=self.ranks.first)
+        return whole_model(
+            self.recipe, self.device, chain(weights, untrained(self.model).items()), keep=self.ranks.first
+        )
 
 
 def _squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -116,7 +121,7 @@ def whole_model(
     needed = 4 * costs(recipe).params
     roomy = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > SPARE * needed
     model = build_model(recipe, 0, device if roomy else "cpu") if keep else None
-    mine = dict(model.named_parameters()) if model is not None else {}
+    mine = {**dict(model.named_parameters()), **untrained(model)} if model is not None else {}
     with torch.no_grad():
         for name, value in weights:
             if keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from trainer.model import EvolmForCausalLM, build_model
 from trainer.objective import Losses, training_loss
 from trainer.optim import build_optimizer
 from trainer.recipe import Recipe
+from trainer.telemetry import gradient_norms
 
 
 class Single:
@@ -25,6 +27,7 @@ class Single:
         self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
     ) -> None:
         self.recipe, self.ranks, self.teacher = recipe, setup.ranks, teacher
+        self.norms: Mapping[str, torch.Tensor] = {}
         self.model = build_model(recipe, seed, device)
         self.optimizer = build_optimizer(self.model, recipe)
 
@@ -39,7 +42,10 @@ class Single:
 
     def clip(self, limit: float) -> torch.Tensor:
         """See Engine."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.norms = gradient_norms(self.optimizer.param_groups)
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(self.norms.values())))
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        return norm
 
     def update(self) -> None:
         """See Engine."""

@@ -19,8 +19,11 @@ from search_spaces.errors import UsageError
 from trainer.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from trainer.export.lower import lower, published_weights
 from trainer.export.parity import check_parity
-from trainer.model import EvolmForCausalLM, configuration_evolm, modeling_evolm
+from trainer.model import EvolmForCausalLM, configuration_evolm, layers_evolm, modeling_evolm, positions_evolm
 from trainer.recipe import SPECIAL_TOKENS
+
+CODE = (configuration_evolm, layers_evolm, modeling_evolm, positions_evolm)
+"""What others need to run EvolmForCausalLM."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_evolm.EvolmConfig",
@@ -74,7 +77,7 @@ def _write_model(model: PreTrainedModel, folder: Path, *, remote_code: bool) -> 
     config["dtype"] = "float32"
     if remote_code:
         config["auto_map"] = AUTO_MAP
-        for module in (configuration_evolm, modeling_evolm):
+        for module in CODE:
             source = Path(str(module.__file__))
             shutil.copyfile(source, folder / source.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

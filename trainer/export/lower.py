@@ -1,8 +1,9 @@
 """Lowering: a genome that says no more than a stock class can say is exported as that class.
 
 Stock classes need no code of ours and are the ones that serving engines know best. Weight names are shared with the
-Llama family, so lowering copies a configuration, never a tensor's content. Files of Mixtral alone name their weights
-otherwise than the class does, and hold its experts one by one: `published_weights` takes the stacks apart.
+Llama family, so lowering copies a configuration and tensors, whose content at most takes multipliers up (`folded`).
+Files of Mixtral alone name their weights otherwise than the class does, and hold its experts one by one:
+`published_weights` takes the stacks apart.
 
     swiglu, layers alike, no qk-norm    LlamaForCausalLM
     swiglu, layers alike, qk-norm       Qwen3ForCausalLM
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from trainer.export.fold import folded
 from trainer.model import EvolmConfig, EvolmForCausalLM
 
 
@@ -61,15 +63,16 @@ def stock_class(config: EvolmConfig) -> tuple[type[PreTrainedModel], Any] | None
 
 
 def lower(model: EvolmForCausalLM) -> PreTrainedModel:
-    """The model as a stock class with the same weights, or the model itself. Raises RuntimeError if the weights
-    differ."""
-    stock = stock_class(model.config)
+    """The model as a stock class with the same weights, multipliers folded into them, or the model itself. Raises
+    RuntimeError if the weights differ."""
+    config, weights = folded(model)
+    stock = stock_class(config)
     if stock is None:
         return model
     kind, config = stock
     with torch.random.fork_rng(devices=[]):
         lowered = kind._from_config(config, dtype=torch.float32)
-    lowered.load_state_dict(model.state_dict(), strict=True)
+    lowered.load_state_dict(weights, strict=True)
     return lowered.eval()
 
 

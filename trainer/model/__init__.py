@@ -5,12 +5,22 @@ Importing this package makes `transformers.AutoModelForCausalLM` know it.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from trainer.model.balance import expert_loads, rebalance
 from trainer.model.build import build_model, config_of
 from trainer.model.configuration_evolm import EvolmConfig
-from trainer.model.modeling_evolm import EvolmForCausalLM, EvolmModel
+from trainer.model.modeling_evolm import EvolmForCausalLM, EvolmModel, Head
 
 AutoConfig.register(EvolmConfig.model_type, EvolmConfig, exist_ok=True)
 AutoModel.register(EvolmConfig, EvolmModel, exist_ok=True)
 AutoModelForCausalLM.register(EvolmConfig, EvolmForCausalLM, exist_ok=True)
 
-__all__ = ["EvolmConfig", "EvolmForCausalLM", "EvolmModel", "build_model", "config_of"]
+__all__ = [
+    "EvolmConfig",
+    "EvolmForCausalLM",
+    "EvolmModel",
+    "Head",
+    "build_model",
+    "config_of",
+    "expert_loads",
+    "rebalance",
+]

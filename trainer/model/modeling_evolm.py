@@ -1,17 +1,18 @@
 """EvolmForCausalLM: the parameterised transformer that every recipe describes.
 
-Exported folders carry a copy of this file: it imports torch, transformers and its configuration alone. Names of
-modules and weights are those of the Llama family, so that a genome that fits a stock class is exported to it by
-copying tensors.
+Exported folders carry a copy of this file and of those that it imports: torch, transformers and its neighbours alone.
+Names of modules and weights are those of the Llama family (Olmo2 and Gemma2 for norms after a branch), so that a genome
+that fits a stock class is exported to it by copying tensors.
 
 Serving engines read this source, not only run it: the attention call must stay one plain call of a local name obtained
-from `ALL_ATTENTION_FUNCTIONS.get_interface`, with `self` first and `scaling=self.scaling`.
+from `ALL_ATTENTION_FUNCTIONS.get_interface`, with `self` first and `scaling=self.scaling`; and of what follows the base
+model they know `logit_scale` and `final_logit_softcapping` alone.
 
-Shapes: B sequences, T tokens, D = hidden_size, H query heads, K key-value heads, E = head_dim, F = intermediate_size,
-X experts, of which each token uses A.
+Shapes: B sequences, T tokens, D = hidden_size, H query heads, K key-value heads, E = head_dim, X experts.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,39 +29,32 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_evolm import EvolmConfig
+from .layers_evolm import (
+    EvolmExperts,
+    EvolmLayerNorm,
+    EvolmMixture,
+    EvolmMLP,
+    EvolmRMSNorm,
+    EvolmRouter,
+    activation_dtype,
+    norm_of,
+)
+from .positions_evolm import EvolmRotary, Rotation, additive, rotate, sinusoids, with_distances
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
+NORMS = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""Norms by placement: of what attention reads and writes, and of what the feed-forward part reads and writes."""
 
-
-class EvolmRMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4), in fp32.
-
-    Under autocast the result is cast once, here, and not once by each of the matrices that read it.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-        kind = x.device.type
-        return normed.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
-
-
-def rotation(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines of the rotary embedding, each (B or 1, T, E/2), for integer positions (B or 1, T).
-
-    Pair i turns by position * theta^(-2i/E) (Su et al. 2021, arXiv 2104.09864, equation 15). Angles are computed in
-    fp32 (bf16 cannot tell neighbouring positions apart beyond 256), frequency first as the stock classes do: at far
-    positions another order of operations moves logits.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = positions[..., None].float() * (1.0 / theta**exponent)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
-    """Turn the pairs (i, i + E/2) of x (B, heads, T, E)."""
-    cos, sin = (part.unsqueeze(1).to(x.dtype) for part in by)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+ADDS_DISTANCES = ("sdpa", "eager", "evolm_blocked")
+"""Attention kernels that take an additive mask, as alibi needs."""
 
 
 def eager_attention_forward(
@@ -71,6 +65,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as it is written in the textbook: the reference for every other kernel. Returns (B, T, H, E),
@@ -78,6 +73,8 @@ def eager_attention_forward(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
@@ -88,9 +85,8 @@ def eager_attention_forward(
 class EvolmAttention(nn.Module):
     """Causal self-attention with H query heads that share K key-value heads: MHA, GQA and MQA in one."""
 
-    def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
+    def __init__(self, config: EvolmConfig, layer: Any, layer_idx: int) -> None:
         super().__init__()
-        layer = config.per_layer_config[layer_idx]
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = layer.head_dim
@@ -98,29 +94,42 @@ class EvolmAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.attention_dropout = config.attention_dropout
-        size, heads, kv_heads = config.hidden_size, layer.num_attention_heads, layer.num_key_value_heads
-        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
+        self.softcap = config.attn_logit_softcapping
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.turned = layer.positions == "rope"
+        size, bias = config.hidden_size, config.bias != "none"
+        queries, keys = layer.num_attention_heads * self.head_dim, layer.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(size, queries, bias=bias)
+        self.k_proj = nn.Linear(size, keys, bias=bias)
+        self.v_proj = nn.Linear(size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, size, bias=config.bias == "all")
         self.o_proj.writes_to_residual = True
-        self.q_norm = EvolmRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = EvolmRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.normed_whole = config.qk_norm == "full"
+        if config.qk_norm:
+            self.q_norm = EvolmRMSNorm(queries if self.normed_whole else self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = EvolmRMSNorm(keys if self.normed_whole else self.head_dim, eps=config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: Rotation,
+        position_embeddings: Rotation | None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) -> (B, T, D), and the attention weights where the kernel gives them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.normed_whole:
+            query, key = self.q_norm(query).view(shape), self.k_norm(key).view(shape)
+        else:
+            query, key = self.q_norm(query.view(shape)), self.k_norm(key.view(shape))
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
+        if self.turned:
+            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -135,114 +144,61 @@ class EvolmAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class EvolmMLP(nn.Module):
-    """The position-wise part of a block: (B, T, D) -> (B, T, D) through F hidden units.
+class EvolmDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward part, one after the other or side by side, with norms before, after or around each.
 
-    swiglu: down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202, equation 6); gelu: down(gelu(up x)); relu2:
-    down(relu(up x)^2) (So et al. 2021, arXiv 2109.08668).
+    With norms before: x + attention(norm x), then x + mlp(norm x), as often as `recursion` says.
     """
 
     def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
         super().__init__()
-        size, width = config.hidden_size, config.per_layer_config[layer_idx].intermediate_size
-        self.ffn = config.ffn
-        if self.ffn == "swiglu":
-            self.gate_proj = nn.Linear(size, width, bias=False)
-        self.up_proj = nn.Linear(size, width, bias=False)
-        self.down_proj = nn.Linear(width, size, bias=False)
-        self.down_proj.writes_to_residual = True
+        layer = config.per_layer_config[layer_idx]
+        self.self_attn = EvolmAttention(config, layer, layer_idx)
+        mixed = layer.ffn == "moe"
+        self.mlp = EvolmMixture(config, layer) if mixed else EvolmMLP(config, layer.ffn, layer.intermediate_size)
+        self.parallel, self.recursion = config.parallel_block, layer.recursion
+        self.dropout, self.multiplier = config.dropout, config.residual_multiplier
+        before, after, before_mlp, after_mlp = NORMS[config.norm_placement]
+        self.attention_norms = before, after
+        self.mlp_norms = before if self.parallel else before_mlp, after_mlp
+        for name in {before, after, *self.mlp_norms} - {None}:
+            self.add_module(name, norm_of(config))
+        for name in {after, after_mlp} - {None}:
+            self.get_submodule(name).writes_to_residual = True
+        if after is not None:  # then it is the norm that writes to the stream, and not what it reads
+            for module in self.modules():
+                if isinstance(module, nn.Linear | EvolmExperts):
+                    module.normed_after = True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.ffn == "swiglu":
-            hidden = functional.silu(self.gate_proj(x)) * self.up_proj(x)
-        elif self.ffn == "gelu":
-            hidden = functional.gelu(self.up_proj(x))
-        else:
-            hidden = functional.relu(self.up_proj(x)).square()
-        return self.down_proj(hidden)
+    def read(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
+        """What a branch reads of the residual stream, cast once where autocast would cast it for each matrix."""
+        return x.to(activation_dtype(x)) if norm is None else getattr(self, norm)(x)
 
-
-class EvolmRouter(nn.Module):
-    """How much each token likes each expert: (B, T, D) -> logits (B, T, X), in fp32 whatever the precision around."""
-
-    def __init__(self, config: EvolmConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x.float(), self.weight.float())
-
-
-class EvolmExperts(nn.Module):
-    """X swiglu networks of F hidden units, their weights stacked; the gate's rows come before those of `up`."""
-
-    def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
-        super().__init__()
-        size, width = config.hidden_size, config.per_layer_config[layer_idx].intermediate_size
-        self.num_experts = config.num_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, width))
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Tokens (N, D), the experts of each (N, A) and their weights (N, A) -> weighted sums (N, D).
-
-        Tokens are sorted by expert, so that each expert is one product of matrices; none is left out.
-        """
-        count, active = top_k_index.shape
-        chosen = top_k_index.flatten()
-        order = chosen.argsort(stable=True)
-        loads = chosen.bincount(minlength=self.num_experts).tolist()
-        parts = hidden_states.index_select(0, order // active).split(loads)
-        outputs = []
-        # `unbind` and not an index: its backward pass builds the gradient of all experts once, not once for each.
-        for part, gate_up, down in zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
-            gate, up = functional.linear(part, gate_up).chunk(2, dim=-1)
-            outputs.append(functional.linear(functional.silu(gate) * up, down))
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        output = torch.cat(outputs).index_select(0, place).view(count, active, -1)
-        return (output * top_k_weights.unsqueeze(-1)).sum(dim=1).to(output.dtype)
-
-
-class EvolmMixture(nn.Module):
-    """A mixture of experts: the A likeliest of X for each token, weighted by their probabilities, which are made to sum
-    to one (Jiang et al. 2024, arXiv 2401.04088, section 2.1)."""
-
-    def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.gate = EvolmRouter(config)
-        self.experts = EvolmExperts(config, layer_idx)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        weights, chosen = self.gate(x).flatten(0, 1).softmax(dim=-1).topk(self.top_k)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        return self.experts(x.flatten(0, 1), chosen, weights).view_as(x)
-
-
-class EvolmDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm x), then x + mlp(norm x)."""
-
-    def __init__(self, config: EvolmConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = EvolmAttention(config, layer_idx)
-        self.mlp = EvolmMixture(config, layer_idx) if config.ffn == "moe" else EvolmMLP(config, layer_idx)
-        self.input_layernorm = EvolmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = EvolmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    def write(self, x: torch.Tensor, norm: str | None) -> torch.Tensor:
+        """What a branch adds to the residual stream."""
+        if norm is not None:
+            x = getattr(self, norm)(x)
+        if self.dropout and self.training:
+            x = functional.dropout(x, self.dropout)
+        return x if self.multiplier == 1.0 else x * self.multiplier
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        before, after = self.attention_norms
+        read = self.read(hidden_states, before)
+        hidden_states = hidden_states + self.write(self.self_attn(read, **kwargs)[0], after)
+        before, after = self.mlp_norms
+        for step in range(self.recursion):
+            if step > 0 or not self.parallel:
+                read = self.read(hidden_states, before)
+            hidden_states = hidden_states + self.write(self.mlp(read), after)
+        return hidden_states
 
 
 class EvolmPreTrainedModel(PreTrainedModel):
@@ -264,20 +220,34 @@ class EvolmPreTrainedModel(PreTrainedModel):
         "router_logits": EvolmRouter,
     }
 
+    def __init__(self, config: EvolmConfig, *args: Any, **kwargs: Any) -> None:
+        self._supports_sdpa = config.attn_logit_softcapping is None
+        super().__init__(config, *args, **kwargs)
+        self.branches = sum(1 + layer.recursion for layer in config.per_layer_config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with std `initializer_range`; what writes to the residual stream is scaled by 1/sqrt(2 layers)
-        (GPT-2)."""
+        """Normal with std `initializer_range`, biases zero, norms one; what writes to the residual stream is scaled by
+        1/sqrt(branches), 1/sqrt(2 layers) without recursion (GPT-2), or zero with `zero_init`."""
         std = self.config.initializer_range
-        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        writes = getattr(module, "writes_to_residual", False)
+        silent = self.config.zero_init and not getattr(module, "normed_after", False)
+        residual_std = 0.0 if silent else std / self.branches**0.5
         if isinstance(module, nn.Linear | nn.Embedding | EvolmRouter):
-            residual = getattr(module, "writes_to_residual", False)
-            init.normal_(module.weight, mean=0.0, std=residual_std if residual else std)
+            init.normal_(module.weight, mean=0.0, std=residual_std if writes else std)
         elif isinstance(module, EvolmExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=residual_std)
-        elif isinstance(module, EvolmRMSNorm):
-            init.ones_(module.weight)
+            init.zeros_(module.loads)
+            init.zeros_(module.balanced)
+        elif isinstance(module, EvolmRMSNorm | EvolmLayerNorm):
+            init.constant_(module.weight, 0.0 if writes and silent else 1.0)
+        elif isinstance(module, EvolmRotary):
+            init.copy_(module.inv_freq, module.frequencies(module.inv_freq.device)[0])
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+        if getattr(module, "e_score_correction_bias", None) is not None:
+            init.zeros_(module.e_score_correction_bias)
 
 
 class EvolmModel(EvolmPreTrainedModel):
@@ -285,9 +255,19 @@ class EvolmModel(EvolmPreTrainedModel):
 
     def __init__(self, config: EvolmConfig) -> None:
         super().__init__(config)
+        layers = list(config.per_layer_config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.absolute_positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList([EvolmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = EvolmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm_of(config)
+        self.rotary = EvolmRotary(config) if any(layer.positions == "rope" for layer in layers) else None
+        self.dropout, self.multiplier = config.dropout, config.embedding_multiplier
+        # Layers with the same mask: their type, and with alibi their heads, as each head has its own slope.
+        self.mask_kinds = [
+            (kind, layer.num_attention_heads if layer.positions == "alibi" else 0)
+            for kind, layer in zip(config.layer_types, layers, strict=True)
+        ]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -305,37 +285,97 @@ class EvolmModel(EvolmPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Token ids (B, T) or embeddings (B, T, D) -> hidden states (B, T, D) after the final norm.
 
-        With `output_router_logits=True`, also `router_logits`: one (B, T, X) for each mixture.
+        With `output_router_logits=True`, also `router_logits`: one (B, T, X) for each run of a mixture.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        masks = self.masks(hidden_states, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        theta = self.config.rope_parameters["rope_theta"]
-        head_dim = self.config.per_layer_config[0].head_dim
-        turn = rotation(position_ids, head_dim, theta, hidden_states.dtype)
-        for layer in self.layers:
+        turn = None if self.rotary is None else self.rotary(position_ids, activation_dtype(hidden_states))
+        hidden_states = self.embed(hidden_states, position_ids)
+        for layer, kind in zip(self.layers, self.mask_kinds, strict=True):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=turn,
-                attention_mask=mask,
+                attention_mask=masks[kind],
                 past_key_values=past_key_values,
                 **kwargs,
             )
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (B, T, D) and places (B or 1, T) -> the begin of the residual stream (B, T, D).
+
+        The multiplier is on what is learned, not on sinusoids (Vaswani et al. 2017, arXiv 1706.03762, section 3.4).
+        """
+        if self.config.absolute_positions == "learned":
+            tokens = tokens + self.embed_positions(positions)
+        if self.multiplier != 1.0:
+            tokens = tokens * self.multiplier
+        if self.config.absolute_positions == "sinusoidal":
+            tokens = tokens + sinusoids(positions, tokens.shape[-1]).to(tokens.dtype)
+        return functional.dropout(tokens, self.dropout) if self.dropout and self.training else tokens
+
+    def masks(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> dict[tuple[str, int], Any]:
+        """What attention is given for each kind of layer: without padding and cache, nothing for full layers in sdpa,
+        which is the fast way to be causal."""
+        masks: dict[tuple[str, int], Any] = {}
+        for index, kind in enumerate(self.mask_kinds):
+            if kind in masks:
+                continue
+            create = create_causal_mask if kind[0] == "full_attention" else create_sliding_window_causal_mask
+            masks[kind] = create(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            if kind[1]:
+                masks[kind] = self.distances(masks[kind], kind, hidden_states, past_key_values, index)
+            elif isinstance(masks[kind], torch.Tensor):
+                masks[kind] = additive(masks[kind], activation_dtype(hidden_states))
+        return masks
+
+    def distances(
+        self, mask: Any, kind: tuple[str, int], hidden_states: torch.Tensor, past_key_values: Cache | None, index: int
+    ) -> torch.Tensor:
+        """A layer's mask with alibi. Raises ValueError where the attention kernel cannot add it."""
+        if self.config._attn_implementation not in ADDS_DISTANCES:
+            kernel = self.config._attn_implementation
+            raise ValueError(f"attention '{kernel}' cannot add alibi's distances: take {' or '.join(ADDS_DISTANCES)}")
+        length = hidden_states.shape[1]
+        past, seen, first = 0, length, 0
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length(index)
+            seen, first = past_key_values.get_mask_sizes(length, index)
+        window = self.config.sliding_window if kind[0] == "sliding_attention" else None
+        queries, keys = range(past, past + length), range(first, first + seen)
+        like = hidden_states.new_empty(0, dtype=activation_dtype(hidden_states))
+        return with_distances(mask, kind[1], queries, keys, window, like)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states h (..., D) into logits: s = multiplier * h weight^T with weight (V, D), and where
+    `softcap` is not zero softcap * tanh(s / softcap)."""
+
+    weight: torch.Tensor
+    multiplier: float
+    softcap: float
 
 
 class EvolmForCausalLM(EvolmPreTrainedModel, GenerationMixin):
@@ -348,7 +388,12 @@ class EvolmForCausalLM(EvolmPreTrainedModel, GenerationMixin):
         self.model = EvolmModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.multiplier, self.softcap = config.logit_scale, config.final_logit_softcapping or 0.0
         self.post_init()
+
+    def head(self) -> Head:
+        """What turns the hidden states of `model` into logits, for losses that never hold all of them."""
+        return Head(weight=self.lm_head.weight, multiplier=self.multiplier, softcap=self.softcap)
 
     @can_return_tuple
     def forward(
@@ -376,6 +421,10 @@ class EvolmForCausalLM(EvolmPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        if self.softcap:
+            logits = self.softcap * (logits / self.softcap).tanh()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -388,4 +437,4 @@ class EvolmForCausalLM(EvolmPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["EvolmForCausalLM", "EvolmModel", "EvolmPreTrainedModel"]
+__all__ = ["EvolmForCausalLM", "EvolmModel", "EvolmPreTrainedModel", "Head"]

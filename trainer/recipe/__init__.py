@@ -48,7 +48,20 @@ def incoherence(recipe: Recipe) -> str | None:
         incoherent_model(recipe.model)
         or incoherent_data(recipe.data)
         or incoherent_train(recipe.train, recipe.data.sequence_length)
+        or _incoherent_kernel(recipe)
     )
+
+
+def _incoherent_kernel(recipe: Recipe) -> str | None:
+    """What an attention kernel cannot compute."""
+    kernel, model = recipe.train.attention_kernel, recipe.model
+    if kernel == "sdpa" and model.attention_softcap:
+        return "train.attention_kernel = 'sdpa' knows no model.attention_softcap; take auto, flex or eager"
+    if kernel == "flex" and model.attention_dropout:
+        return "train.attention_kernel = 'flex' knows no model.attention_dropout; take auto, sdpa or eager"
+    if kernel == "flex" and any(layer.positions == "alibi" for layer in model.layers()):
+        return "train.attention_kernel = 'flex' cannot add alibi's distances; take auto, sdpa or eager"
+    return None
 
 
 def defaults() -> dict[str, Any]:

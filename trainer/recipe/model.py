@@ -16,6 +16,9 @@ PerLayer = Positive | list[Positive]
 ZeroOrMore = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+ABSOLUTE = ("learned", "sinusoidal")
+"""Positions of the whole model, which are added to the embeddings."""
+
 GATED = ("swiglu", "geglu", "reglu", "moe")
 """Kinds of feed-forward part with a third matrix, the gate."""
 
@@ -45,9 +48,9 @@ class Model(Section):
     attention: Attention | list[Attention] = Field(
         "full", description="what a token attends to: all tokens before it, or the last `window` of them"
     )
-    window: Positive = Field(128, description="tokens that a sliding layer attends to, the present one included")
+    window: int = Field(128, ge=2, description="tokens that a sliding layer attends to, the present one included")
     qk_norm: bool | Literal["head", "full"] = Field(
-        True, description="norm of queries and keys: of each head (true or head), or of all heads at once (full)"
+        True, description="RMSNorm of queries and keys: of each head (true or head), or of all heads at once (full)"
     )
     attention_softcap: ZeroOrMore = Field(
         0.0, description="attention scores are bent to stay below it, c * tanh(score / c); 0 leaves them"
@@ -102,15 +105,17 @@ class Model(Section):
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square or variance in norms")
     parallel_block: bool = Field(False, description="attention and feed-forward part read the same, side by side")
     bias: Literal["none", "qkv", "all"] = Field(
-        "none", description="which linear maps add a bias: none, queries, keys and values, or all but the head"
+        "none",
+        description="which linear maps add a bias: none, queries, keys and values, or all but head, routers and "
+        "experts, LayerNorms too",
     )
     dropout: Share = Field(0.0, description="share of the embeddings' and branches' values that training zeroes")
     attention_dropout: Share = Field(0.0, description="share of the attention weights that training zeroes")
 
     tie_embeddings: bool = Field(True, description="one matrix for input and output embeddings")
-    embedding_multiplier: float = Field(1.0, gt=0, description="on what the embeddings give")
+    embedding_multiplier: float = Field(1.0, gt=0, description="on what the embeddings give, but not on sinusoids")
     residual_multiplier: float = Field(1.0, gt=0, description="on what each branch adds to the stream")
-    logit_multiplier: float = Field(1.0, gt=0, description="on the logits")
+    logit_multiplier: float = Field(1.0, gt=0, description="on the logits, before they are bent")
     logit_softcap: ZeroOrMore = Field(0.0, description="logits are bent to stay below it, as scores are; 0 leaves them")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     zero_init: bool = Field(False, description="what writes to the stream begins as zero: every block as identity")
@@ -119,13 +124,13 @@ class Model(Section):
         """The shape of every block; call `incoherence` first, lists of the wrong length raise ValueError here."""
         heads = _per_layer(self.n_heads, self.n_layers)
         kv_heads = heads if self.n_kv_heads is None else _per_layer(self.n_kv_heads, self.n_layers)
-        widths = _per_layer(self.ffn_dim or self._default_ffn_dim(), self.n_layers)
+        widths = _per_layer(self.ffn_dim or self.default_ffn_dim(), self.n_layers)
         per_layer = zip(
             heads,
             kv_heads,
             widths,
             _per_layer(self.attention, self.n_layers),
-            _per_layer(self.positions, self.n_layers),
+            _per_layer("none" if self.positions in ABSOLUTE else self.positions, self.n_layers),
             _per_layer(self.recursion, self.n_layers),
             strict=True,
         )
@@ -144,7 +149,8 @@ class Model(Section):
             for dense in [self.ffn == "moe" and index < self.n_dense_layers]
         ]
 
-    def _default_ffn_dim(self) -> int:
+    def default_ffn_dim(self) -> int:
+        """Hidden units of a feed-forward part, or of each expert, where the recipe does not say."""
         width = (8 / 3 if self.ffn in GATED else 4) * self.d_model
         return max(32, round(width / 32) * 32)
 
@@ -167,23 +173,42 @@ def incoherent_model(model: Model) -> str | None:
             return f"model.d_model = {model.d_model} is no multiple of n_heads = {layer.n_heads} (set head_dim)"
         if layer.n_heads % layer.n_kv_heads:
             return f"layer {index}: n_heads = {layer.n_heads} is no multiple of n_kv_heads = {layer.n_kv_heads}"
-        if layer.positions == "rope" and layer.head_dim % 2:
-            return f"layer {index}: head_dim = {layer.head_dim} is odd, rotary positions need pairs"
+        if layer.positions == "rope" and (words := _incoherent_pairs(layer.head_dim, model.rope_fraction)):
+            return f"layer {index}: {words}"
     if model.head_dim is None and len({layer.head_dim for layer in model.layers()}) > 1:
         return "model.n_heads differs between layers, so model.head_dim must be given"
-    return _incoherent_experts(model)
+    return _incoherent_stretch(model) or _incoherent_experts(model)
+
+
+def _incoherent_pairs(head_dim: int, fraction: float) -> str | None:
+    turned = int(head_dim * fraction)
+    if fraction == 1.0:
+        return f"head_dim = {head_dim} is odd, rotary positions need pairs" if turned % 2 else None
+    if turned % 2 or turned == 0:
+        return f"rope_fraction = {fraction:g} of head_dim = {head_dim} is {turned}, rotary positions need pairs"
+    return None
+
+
+def _incoherent_stretch(model: Model) -> str | None:
+    if model.rope_scaling == "none" and model.rope_factor != 1.0:
+        return f"model.rope_factor = {model.rope_factor:g} goes with rope_scaling linear or yarn, not none"
+    if model.rope_scaling == "yarn" and model.rope_theta <= 1.0:
+        return f"model.rope_theta = {model.rope_theta:g} is too small for rope_scaling yarn, which takes more than 1"
+    return None
 
 
 def _incoherent_experts(model: Model) -> str | None:
     if model.ffn != "moe":
-        words = f"model.n_experts = {model.n_experts} goes with ffn 'moe', not '{model.ffn}'"
-        return words if model.n_experts else None
+        for field in ("n_experts", "n_shared_experts", "n_dense_layers"):
+            if value := getattr(model, field):
+                return f"model.{field} = {value} goes with ffn 'moe', not '{model.ffn}'"
+        return None
     if model.n_experts < 2:
         return f"model.n_experts = {model.n_experts} is too few for ffn 'moe', which takes at least 2"
     if model.n_active_experts > model.n_experts:
         return f"model.n_active_experts = {model.n_active_experts} is more than n_experts = {model.n_experts}"
-    if model.n_dense_layers > model.n_layers:
-        return f"model.n_dense_layers = {model.n_dense_layers} is more than n_layers = {model.n_layers}"
+    if model.n_dense_layers >= model.n_layers:
+        return f"model.n_dense_layers = {model.n_dense_layers} leaves no mixture in n_layers = {model.n_layers}"
     return None
 
 

@@ -80,8 +80,9 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         False, description="blocks are run again in the backward pass: less memory, a third more work, same results"
     )
-    attention_kernel: Literal["auto", "sdpa", "flex", "eager"] = Field(
-        "auto", description="how attention is computed: changes speed, results by rounding alone"
+    attention_kernel: Literal["auto", "blocked", "sdpa", "flex", "eager"] = Field(
+        "auto",
+        description="how attention is computed: changes speed, results by rounding alone; blocked is for CPUs",
     )
     compile: Literal["auto", "never", "always"] = Field(
         "auto", description="torch.compile for the blocks: where it pays, never or always; changes speed"

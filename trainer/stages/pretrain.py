@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from trainer.metrics_log import MetricsLog
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
+from trainer.sinks import RunInfo, Sinks
+from trainer.telemetry import Telemetry
 
 METRICS_EVERY = 0.01
 """Share of a run's tokens between lines of metrics.jsonl."""
@@ -82,11 +83,14 @@ def pretrain(
     checkpoint_seconds: float = 120.0,
     roots: Sequence[Path] = (),
     setup: Setup | None = None,
+    sinks: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Record | None:
     """Train a recipe to the end, or go on where this folder stopped; None when it was finished before.
 
-    A stopped run returns a record that is not finished. Raises what `train` raises, and DataError for a folder of
-    another recipe. Of the ranks of a `setup`, which all call this, the first one writes.
+    The names of `sinks` say where its numbers go besides metrics.jsonl; `warn` hears of those that fail. A stopped run
+    returns a record that is not finished. Raises what `train` raises, and DataError for a folder of another recipe. Of
+    the ranks of a `setup`, which all call this, the first one writes.
     """
     stage, setup = Stage(folder), setup or Setup()
 
@@ -98,14 +102,16 @@ def pretrain(
     done, start = setup.ranks.tell(begin)
     if done:
         return None
-    with MetricsLog(folder / "metrics.jsonl" if setup.ranks.first else Path(os.devnull)) as log:
-        logged = 0.0
+    first = setup.ranks.first
+    about = RunInfo(folder=folder, home=folder, group="evolm", name=folder.name, recipe=recipe.model_dump(mode="json"))
+    with (
+        MetricsLog(folder / "metrics.jsonl" if first else Path(os.devnull)) as log,
+        Sinks(sinks if first else (), about, warn) as others,
+    ):
+        telemetry = Telemetry(recipe, device, log, others, every=METRICS_EVERY, devices=setup.ranks.world)
 
         def report_and_log(progress: Progress) -> bool:
-            nonlocal logged
-            if progress.tokens >= logged:
-                log.write(asdict(progress))
-                logged = progress.tokens + METRICS_EVERY * progress.total_tokens
+            telemetry(progress)
             return report(progress)
 
         return train(
