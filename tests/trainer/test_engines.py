@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from search_spaces.errors import UsageError
 from trainer.checkpoint import read_state
 from trainer.engines import Setup
+from trainer.engines.base import refuse_uncuttable
+from trainer.engines.deepspeed import refuse
 from trainer.loop import Checkpoints, train
 
 SCRIPT = Path(__file__).with_name("rank_cases.py")
@@ -41,13 +43,23 @@ RECIPES = {
     "plain": PLAIN,
     "untied": {"model": {"tie_embeddings": False, "n_heads": [2, 1], "head_dim": 16}, "train": {"grad_clip": 0.1}},
     "moe": {"model": {"ffn": "moe", "n_experts": 3, "ffn_dim": 16, "balance_loss": 0.1}, **PLAIN},
+    "bias": {"model": {"ffn": "moe", "n_experts": 4, "ffn_dim": 16, "balance": "bias", "balance_rate": 0.02}, **PLAIN},
     "bf16": {"train": {"precision": "bf16"}},
     "muon": {"train": {"optimizer": "muon"}},
-    "mean": {"train": {"ema": 0.5, "skip_spikes": 20.0}},
+    "mean": {
+        "train": {
+            "ema": 0.5,
+            "skip_spikes": 20.0,
+            "gradient_checkpointing": True,
+            "sequence_start": 16,
+            "sequence_ramp_tokens": 2 * STEP,
+        }
+    },
 }
 OTHERS = [
     *((model, engine) for model in ("untied", "moe") for engine in ("fsdp", "zero3")),
     ("moe", "ddp"),
+    *(("bias", engine) for engine in ("ddp", "fsdp", "zero2", "zero3")),
     ("bf16", "fsdp"),
     ("bf16", "zero3"),
     ("muon", "ddp"),
@@ -177,7 +189,14 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(world, reference, engine):
     near(world.alone("plain", start=world.folder / engine / "latest"), reference["plain"][STOP:])
 
 
-@pytest.mark.parametrize(("model", "place"), [*(("plain", f"{engine}/final") for engine in ENGINES), ("mean", "fsdp")])
+PLACES = [
+    *(("plain", f"{engine}/final") for engine in ENGINES),
+    ("mean", "fsdp"),
+    *(("bias", engine) for engine in ("ddp", "fsdp", "zero2", "zero3")),
+]
+
+
+@pytest.mark.parametrize(("model", "place"), PLACES)
 def test_checkpoints_are_those_of_one_process(world, tmp_path, model, place):
     world.alone(model, checkpoints=Checkpoints(final=tmp_path))
     theirs = world.folder / (place if model == "plain" else f"{model}/{place}")
@@ -193,6 +212,25 @@ def test_checkpoints_are_those_of_one_process(world, tmp_path, model, place):
 
 def test_nobody_says_anything(world):
     assert [text for text in world.said if text.strip()] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": "muon"}, "--engine fsdp cuts matrices over the ranks and trains with adamw; muon needs them"),
+        ({"precision": "fp16"}, "--engine fsdp trains in fp32 or bf16"),
+        ({"compile": "always"}, "--engine fsdp does not compile blocks"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(recipe_of, changes, words):
+    with pytest.raises(UsageError, match=words):
+        refuse_uncuttable(recipe_of(train=changes), "fsdp")
+
+
+@pytest.mark.parametrize("field", ["ema", "skip_spikes"])
+def test_what_deepspeed_has_not_is_refused(recipe_of, field):
+    with pytest.raises(UsageError, match=rf"--engine deepspeed has no train\.{field}"):
+        refuse(recipe_of(train={field: 0.5}))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces.errors import UsageError
-from trainer.engines import ALONE, Place, open_ranks
+from trainer.engines import ALONE, Place, Ranks, open_ranks
+from trainer.engines.ranks import lost_peer
 from trainer.engines.shares import passes
-from trainer.errors import RankError
+from trainer.errors import RankError, RankLost
 
 
 @pytest.fixture
@@ -83,6 +84,46 @@ def test_a_group_of_one_is_a_group(port):
     assert not dist.is_initialized()
 
 
+# --- what ranks tell each other ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(port):
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    return Ranks(0, 2, store), Ranks(1, 2, store)
+
+
+def test_what_the_first_rank_found_is_everybodys(pair):
+    first, second = pair
+    assert first.tell(lambda: [1, "a", None]) == [1, "a", None]
+    assert second.tell(lambda: pytest.fail("only the first rank looks")) == [1, "a", None]
+
+
+def test_what_went_wrong_on_the_first_rank_is_everybodys(pair):
+    first, second = pair
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        first.tell(full)
+    with pytest.raises(RankLost, match=r"rank 0 said: \[Errno 28\] No space left on device"):
+        second.tell(full)
+    assert first.tell(lambda: 1) == second.tell(lambda: 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:60571", True),
+        ("NCCL communicator was aborted on rank 0.", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_the_error_of_a_lost_rank_is_known(words, lost):
+    assert lost_peer(RuntimeError(words)) is lost
+
+
 # --- pre-flight -------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +134,19 @@ def test_ranks_that_do_not_answer_are_named(port):
     assert words.startswith(f"ranks 1, 2, 3 of 4 did not answer at 127.0.0.1:{port} within 0.2 s; there are rank 0 on ")
     assert "MASTER_ADDR" in words
     assert "firewall" in words
+
+
+def test_a_sum_that_does_not_come_back_is_told_of(port, monkeypatch):
+    def stuck(*args, **options):
+        raise RuntimeError("Timed out waiting 200ms for recv operation to complete\nand more")
+
+    monkeypatch.setattr(dist, "all_reduce", stuck)
+    with pytest.raises(RankError) as told, open_ranks(place=place(0, 1, port), seconds=0.2):
+        pass
+    assert "all 1 ranks are there" in str(told.value)
+    assert "did not come back within 0.2 s (Timed out waiting 200ms for recv operation to complete)" in str(told.value)
+    assert "GLOO_SOCKET_IFNAME" in str(told.value)
+    assert not dist.is_initialized()
 
 
 def test_a_first_rank_that_is_not_there_is_named(port):

@@ -7,7 +7,8 @@ over ranks, and a checkpoint is the same folder: a run that was begun under one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -92,6 +93,16 @@ class Objective(nn.Module):
     def forward(self, batch: torch.Tensor, length: int | None = None) -> Losses:
         """The losses of token ids (B, T+1), cut into pieces of `length`."""
         return training_loss(self.model, self.recipe, batch, length=length, teacher=self.teacher)
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """For passes that count nothing: what a model notes as it trains, such as the loads of experts, is as before."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
 
 
 def refuse_uncuttable(recipe: Recipe, engine: str) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from search_spaces.errors import UsageError
 from trainer.averaging import Average
-from trainer.checkpoint import MODEL, OPTIMIZER, Content, read_content
+from trainer.checkpoint import MODEL, OPTIMIZER, Content, read_content, untrained
 from trainer.distillation import Teacher
 from trainer.engines.base import Objective, Setup, refuse_uncuttable
 from trainer.engines.fsdp import whole_model
@@ -37,7 +37,7 @@ class DeepSpeed:
     def __init__(
         self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
     ) -> None:
-        _refuse(recipe)
+        refuse(recipe)
         deepspeed = _deepspeed(device)
         self.recipe, self.ranks, self.device, self.stage = recipe, setup.ranks, device, setup.zero_stage
         self.norms: Mapping[str, torch.Tensor] = {}  # no rank has a matrix whole
@@ -60,7 +60,8 @@ class DeepSpeed:
         return losses
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See Engine. DeepSpeed takes the mean of the ranks' gradients."""
+        """See Engine. DeepSpeed takes the mean of the ranks' gradients; unless their number is a power of two, to undo
+        that rounds."""
         self.engine.backward(loss * self.ranks.world)
 
     def clip(self, limit: float) -> torch.Tensor:
@@ -89,6 +90,7 @@ class DeepSpeed:
 
         for name, parameter in self.model.named_parameters():
             yield name, safe_get_full_fp32_param(parameter)
+        yield from untrained(self.model).items()
 
     def content(self, average: Average | None) -> Content:
         """See Engine. Tensor by tensor, so that no rank but the first ever holds more than one of them whole."""
@@ -96,7 +98,7 @@ class DeepSpeed:
 
         self._link()
         keep = self.ranks.first
-        weights = {name: value.cpu() for name, value in self._weights() if keep}
+        weights = {name: value.clone().cpu() for name, value in self._weights() if keep}
         flat = self._flat()[0]
         state = self.optimizer.optimizer.state[flat]
         moments = {}
@@ -122,6 +124,8 @@ class DeepSpeed:
                 self._set(parameter, weights[name], None)
                 for key in moving:
                     self._set(parameter, moments[f"{name}.{key}"], key)
+            for name, buffer in untrained(self.model).items():
+                buffer.copy_(weights[name])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{folder}: does not fit this model ({error})") from None
 
@@ -130,7 +134,8 @@ class DeepSpeed:
         scalars of the checkpoint."""
         for flat in self._flat():
             self.optimizer.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if key in moving else value.clone() for key, value in keys.items()
+                key: torch.zeros_like(flat) if key in moving else value.clone().to(flat.device)
+                for key, value in keys.items()
             }
         self._link()
 
@@ -184,7 +189,7 @@ def _refuse_shape(name: str, value: torch.Tensor, parameter: Any) -> None:
         raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
 
 
-def _refuse(recipe: Recipe) -> None:
+def refuse(recipe: Recipe) -> None:
     """Raises UsageError for what DeepSpeed cannot train."""
     refuse_uncuttable(recipe, "deepspeed")
     for field in ("ema", "skip_spikes"):

@@ -7,6 +7,7 @@ leaves them too; their gradients are summed in one message a step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from trainer.checkpoint import untrained
+from trainer.cost import costs
 from trainer.distillation import Teacher
 from trainer.engines.base import Objective, Setup, refuse_uncuttable
 from trainer.engines.single import Single
@@ -23,6 +26,9 @@ from trainer.optim import build_optimizer
 from trainer.parameter_groups import kind_of
 from trainer.recipe import Recipe
 from trainer.sharding import gathered
+
+SPARE = 2.0
+"""Free memory of a device, in sizes of a whole model, with which one is put there beside its parts."""
 
 
 class FSDP(Single):
@@ -95,7 +101,9 @@ class FSDP(Single):
     def whole(self) -> EvolmForCausalLM | None:
         """See Engine."""
         weights = ((name, gathered(parameter)) for name, parameter in self.model.named_parameters())
-        return whole_model(self.recipe, self.device, weights, keep=self.ranks.first)
+        return whole_model(
+            self.recipe, self.device, chain(weights, untrained(self.model).items()), keep=self.ranks.first
+        )
 
 
 def _squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -108,9 +116,12 @@ def _squares(gradients: list[torch.Tensor], device: torch.device) -> torch.Tenso
 def whole_model(
     recipe: Recipe, device: torch.device, weights: Iterable[tuple[str, torch.Tensor]], *, keep: bool
 ) -> EvolmForCausalLM | None:
-    """A plain model with these weights; None, and nothing kept, where `keep` is not set."""
-    model = build_model(recipe, 0, device) if keep else None
-    mine = dict(model.named_parameters()) if model is not None else {}
+    """A plain model with these weights, on the device where that has room for it and on the CPU otherwise; None, and
+    nothing kept, where `keep` is not set."""
+    needed = 4 * costs(recipe).params
+    roomy = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > SPARE * needed
+    model = build_model(recipe, 0, device if roomy else "cpu") if keep else None
+    mine = {**dict(model.named_parameters()), **untrained(model)} if model is not None else {}
     with torch.no_grad():
         for name, value in weights:
             if keep:
