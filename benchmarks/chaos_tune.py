@@ -27,7 +27,7 @@ from trainer.metrics_log import MetricsLog
 from trainer.recipe import Data, Recipe
 
 if TYPE_CHECKING:
-    from trainer.loop import Progress, Record
+    from trainer.records import Progress, Record
 
 EXPERIMENT = "chaos"
 
@@ -67,7 +67,8 @@ def trained(recipe: Recipe, plan: dict[str, Any], log: MetricsLog, work: Path) -
 def train_on(recipe: Recipe, plan: dict[str, Any], corpus: Corpus, report: Reporter, work: Path) -> Record:
     """Train from the checkpoint that Tune hands over, or from the beginning where it cannot be used."""
     from trainer.errors import CheckpointError
-    from trainer.loop import Checkpoints, train
+    from trainer.loop import train
+    from trainer.records import Checkpoints
 
     places = Checkpoints(latest=report.latest, final=work / "final", seconds=plan["checkpoint_seconds"])
     given = tune.get_checkpoint()

@@ -26,7 +26,7 @@ from trainer.sinks import check_sinks
 
 if TYPE_CHECKING:
     from trainer.engines import EngineName, Ranks, ZeroStage
-    from trainer.loop import Progress, Record
+    from trainer.records import Progress, Record
 
 TEST_BYTES = 2**20
 """Test text that a finished model is judged on, per domain."""

@@ -30,7 +30,7 @@ from trainer.sinks import RunInfo, Sinks
 
 if TYPE_CHECKING:  # torch is imported when a trial runs: the process that only decides does without
     from trainer.engines import EngineName, Ranks
-    from trainer.loop import Progress, Record
+    from trainer.records import Progress, Record
     from trainer.telemetry import Telemetry
 
     Meet = Callable[[], AbstractContextManager[tuple[Ranks | None, str]]]
@@ -167,7 +167,8 @@ def _train(
     """Train from the newest checkpoint that can be used; says which ones could not."""
     from trainer.checkpoint import settle
     from trainer.engines import Setup
-    from trainer.loop import Checkpoints, train
+    from trainer.loop import train
+    from trainer.records import Checkpoints
 
     ranks.tell(lambda: settle(latest_checkpoint(job.folder)))
     setup = Setup(engine=context.engine or ("ddp" if ranks.together else "single"), ranks=ranks)

@@ -21,7 +21,7 @@ from trainer.recipe import Recipe
 from trainer.sinks import Sinks
 
 if TYPE_CHECKING:
-    from trainer.loop import Progress
+    from trainer.records import Progress
 
 METRICS_EVERY = 0.02
 """Share of a run's tokens between lines of metrics.jsonl."""

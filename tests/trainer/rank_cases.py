@@ -11,8 +11,9 @@ import torch
 
 from trainer.data.corpus import Corpus
 from trainer.engines import Setup, open_ranks
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.recipe import Recipe
+from trainer.records import Checkpoints
 
 
 def run(case, ranks):

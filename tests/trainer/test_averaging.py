@@ -9,8 +9,9 @@ from torch import nn
 from trainer.averaging import Average
 from trainer.checkpoint import load_weights, read_state
 from trainer.errors import CheckpointError
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.model import build_model
+from trainer.records import Checkpoints
 from trainer.stages.pretrain import Stage, load_final, pretrain
 
 STEP = 128

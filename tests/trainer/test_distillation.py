@@ -15,10 +15,11 @@ from trainer.cost import costs
 from trainer.distillation import Teacher
 from trainer.errors import CheckpointError, DataError
 from trainer.export.huggingface import export_huggingface
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.model import build_model
 from trainer.objective import training_loss
 from trainer.recipe_digest import recipe_digest
+from trainer.records import Checkpoints
 
 STEP = 128
 

@@ -20,7 +20,8 @@ from trainer.checkpoint import read_state
 from trainer.engines import Setup
 from trainer.engines.base import refuse_uncuttable
 from trainer.engines.deepspeed import refuse
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
+from trainer.records import Checkpoints
 
 SCRIPT = Path(__file__).with_name("rank_cases.py")
 STEP = 128

@@ -9,8 +9,9 @@ import torch
 from trainer.cost import costs
 from trainer.data.corpus import Corpus
 from trainer.errors import DataError, Diverged
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.recipe_digest import recipe_digest
+from trainer.records import Checkpoints
 
 STEP = 128
 """Tokens of one step of the tiny recipe: four sequences of 32."""

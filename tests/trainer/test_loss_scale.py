@@ -11,9 +11,10 @@ import torch
 from search_spaces.errors import UsageError
 from trainer.checkpoint import read_state
 from trainer.errors import Diverged
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.loss_scale import SMALLEST, LossScale
 from trainer.optim import build_optimizer
+from trainer.records import Checkpoints
 
 STEP = 128
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import torch
 
 from trainer.checkpoint import read_state
 from trainer.cost import costs
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.memory import largest_micro_batch, micro_batch, out_of_memory, recompute_blocks
 from trainer.model import build_model
 from trainer.objective import training_loss
+from trainer.records import Checkpoints
 from trainer.stages.pretrain import pretrain
 
 STEP = 128

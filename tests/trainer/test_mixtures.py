@@ -7,11 +7,12 @@ from reference_transformer import reference_logits
 from torch.nn import functional
 
 from trainer.checkpoint import load_checkpoint
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.mixture_loss import mixture_loss, router_z_loss, watches_routers
 from trainer.model import build_model, expert_loads, rebalance
 from trainer.optim import build_optimizer
 from trainer.recipe import Model
+from trainer.records import Checkpoints
 
 BALANCED = {**MOE, "balance": "bias"}
 

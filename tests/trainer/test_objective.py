@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.loss import load_imbalance
 from trainer.model import build_model
 from trainer.objective import dropout_stream, training_loss
+from trainer.records import Checkpoints
 
 STEP = 128
 CPU = torch.device("cpu")

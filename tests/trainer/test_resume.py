@@ -11,9 +11,10 @@ from trainer.checkpoint import load_checkpoint, read_state
 from trainer.data.corpus import Corpus
 from trainer.data.documents import side_of
 from trainer.errors import CheckpointError
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.model import build_model
 from trainer.optim import build_optimizer
+from trainer.records import Checkpoints
 
 STEP = 128
 TOKENS = 8 * STEP

@@ -8,9 +8,10 @@ import torch
 
 from trainer.checkpoint import read_state
 from trainer.errors import Diverged
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.model import build_model
 from trainer.objective import training_loss
+from trainer.records import Checkpoints
 from trainer.stability import LEAST, MOST_SKIPPED, WINDOW, Spikes
 
 STEP = 128

@@ -15,10 +15,11 @@ import torch
 from trainer import telemetry as module
 from trainer.cost import costs
 from trainer.evaluate import TokenScorer
-from trainer.loop import Progress, train
+from trainer.loop import train
 from trainer.metrics_log import MetricsLog, read_metrics
 from trainer.model import build_model
 from trainer.optim import build_optimizer
+from trainer.records import Progress
 from trainer.sinks import RunInfo, Sinks
 from trainer.telemetry import Meter, Telemetry, gradient_norms, memory_of, peak_of
 

@@ -21,10 +21,11 @@ from trainer.data.sources import Skipped, list_files, read_documents
 from trainer.errors import CheckpointError, DataError
 from trainer.export.huggingface import export_huggingface
 from trainer.export.load import load_model, load_tokenizer
-from trainer.loop import Checkpoints, train
+from trainer.loop import train
 from trainer.model import build_model
 from trainer.recipe import Source
 from trainer.recipe_check import check, rule
+from trainer.records import Checkpoints
 from trainer.serving.engine import Engine, Sampling
 from trainer.stages.pretrain import pretrain
 

@@ -17,11 +17,12 @@ from trainer.checkpoint import load_weights, read_state
 from trainer.data.corpus import Corpus
 from trainer.engines import Setup
 from trainer.errors import CheckpointError, DataError
-from trainer.loop import Checkpoints, Progress, Record, Report, train
+from trainer.loop import train
 from trainer.metrics_log import MetricsLog
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.recipe import Recipe
 from trainer.recipe_digest import recipe_digest
+from trainer.records import Checkpoints, Progress, Record, Report
 from trainer.sinks import RunInfo, Sinks
 from trainer.telemetry import Telemetry
 
