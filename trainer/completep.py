@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from trainer.recipe import Recipe
 from trainer.weights import Kind
 
-RATE_EXPONENTS = {("muon", "hidden"): 0.5, ("adafactor", "hidden"): 0.5, ("adafactor", "router"): 0.5}
+RATE_EXPONENTS = {("muon", "hidden"): 0.5}
 """Learning rates of matrices inside blocks go as width to minus this, and to minus 1 where an optimiser is not named:
 entries of Adam's step have one size at every width, so what they change of a matrix's output grows with its inputs.
 That change is bounded by the spectral norm of the step (Yang et al. 2023, arXiv 2310.17813, condition 1), which for
-Muon is 0.2 times the root of the width. Adafactor's step is relative to the root mean square of the weights, which
-goes as 1 / sqrt(width) by itself."""
+Muon is 0.2 times the root of the width. Adafactor's step is as large as Adam's: here it is not relative to the
+weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

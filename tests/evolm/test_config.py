@@ -104,7 +104,8 @@ sarch: 1
         "7:3: model.d_modl: unknown key 'd_modl' (did you mean 'd_model'?)",
         "8:13: model.n_layers: must be a whole number, is {\"flaot\": [2, 6]} (a gene? did you mean the kind 'float'?)",
         '9:12: model.n_heads: must be a whole number or a list, is "four"',
-        "10:8: model.ffn: must be one of swiglu, gelu, relu2, moe, is \"relu3\" (did you mean 'relu2'?)",
+        "10:8: model.ffn: must be one of swiglu, geglu, reglu, gelu, silu, relu2, moe, "
+        "is \"relu3\" (did you mean 'relu2'?)",
         "11:24: train.learning_rate: must be <= 1, is 100.0",
         "12:15: constraints[0]: unknown name 'parms' (did you mean 'params'?)",
         "13:10: target.wbe: unknown domain 'wbe' (did you mean 'web'?)",
@@ -140,7 +141,7 @@ sarch: 1
         (("n_heads: 2", "n_heads: 4, n_kv_heads: 3"), "n_heads = 4 is no multiple of n_kv_heads = 3"),
         (("n_heads: 2", "n_heads: [2, 2]"), "model.n_heads has 2 items for 6 layers"),
         (("n_heads: 2", "n_heads: 2, n_layers: 0"), "model.n_layers: must be > 0, is 0"),
-        (("n_heads: 2", "n_heads: 2, qk_norm: 1"), "model.qk_norm: must be true or false, is 1"),
+        (("n_heads: 2", "n_heads: 2, qk_norm: 1"), "model.qk_norm: must be true or false or one of head, full, is 1"),
         (("tokens: 1M}", "tokens: 1M}\nbudget: {trials: 1.5}"), "budget.trials: must be a whole number, is 1.5"),
         (("tokens: 1M}", "tokens: 1M}\nbudget: 5"), "budget: must be a mapping"),
         (("tokens: 1M}", "tokens: 1M}\nobjectives: {}"), "objectives: at least one is needed"),

@@ -1,5 +1,9 @@
 """Guards the model: against a reference written from the formulas, and against itself in every way it is run."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -349,3 +353,24 @@ def test_the_configuration_says_what_the_recipe_says(recipe_of):
     assert config.rms_norm_eps == 1e-5
     assert config.max_position_embeddings == 64
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+
+
+def test_modules_have_the_same_order_in_every_process():
+    """Whatever Python's seed of hashes is: ranks exchange parameters in that order."""
+    script = (
+        "from trainer.model import EvolmConfig, EvolmForCausalLM\n"
+        "config = EvolmConfig(hidden_size=8, head_dim=8, num_attention_heads=1, num_key_value_heads=1, "
+        "num_hidden_layers=1, intermediate_size=8, vocab_size=16, norm_placement='sandwich')\n"
+        "print([name for name, _ in EvolmForCausalLM(config).named_modules()])"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (0, 1, 2)
+    }
+    assert len(told) == 1

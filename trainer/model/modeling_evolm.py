@@ -168,10 +168,13 @@ class EvolmDecoderLayer(GradientCheckpointingLayer):
         before, after, before_mlp, after_mlp = NORMS[config.norm_placement]
         self.attention_norms = before, after
         self.mlp_norms = before if self.parallel else before_mlp, after_mlp
-        for name in {before, after, *self.mlp_norms} - {None}:
-            self.add_module(name, norm_of(config))
-        for name in {after, after_mlp} - {None}:
-            self.get_submodule(name).writes_to_residual = True
+        # Not a set: the order of modules has to be the same in every process.
+        for name in dict.fromkeys((before, after, *self.mlp_norms)):
+            if name is not None:
+                self.add_module(name, norm_of(config))
+        for name in (after, after_mlp):
+            if name is not None:
+                self.get_submodule(name).writes_to_residual = True
         if after is not None:  # then it is the norm that writes to the stream, and not what it reads
             for module in self.modules():
                 if isinstance(module, nn.Linear | EvolmExperts):
