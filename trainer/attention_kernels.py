@@ -17,18 +17,20 @@ LONGEST = 2048
 
 
 def attention_kernel(recipe: Recipe, device: str) -> Kernel:
-    """The kernel on a kind of device: the one that is named, or the fastest that can do what the recipe asks.
+    """The kernel on a kind of device: the one that is named (but sdpa for blocked where sequences are too long), or the
+    fastest that can do what the recipe asks.
 
     That is the blocked kernel on a CPU and sdpa on others; with a softcap, which neither knows, flex on a GPU, where
     that can do all else that is asked, and eager otherwise.
     """
+    short = recipe.data.sequence_length <= LONGEST
     if recipe.train.attention_kernel != "auto":
-        return recipe.train.attention_kernel
+        return "sdpa" if recipe.train.attention_kernel == "blocked" and not short else recipe.train.attention_kernel
     model = recipe.model
     plain = not model.attention_dropout and all(layer.positions != "alibi" for layer in model.layers())
     if model.attention_softcap:
         return "flex" if device == "cuda" and plain else "eager"
-    return "blocked" if device == "cpu" and plain and recipe.data.sequence_length <= LONGEST else "sdpa"
+    return "blocked" if device == "cpu" and plain and short else "sdpa"
 
 
 def blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:

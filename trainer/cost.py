@@ -79,7 +79,8 @@ def _untrained(recipe: Recipe) -> int:
     """Entries of the model that are kept but not trained: the biases of routers."""
     model = recipe.model
     mixtures = sum(layer.ffn == "moe" for layer in model.layers())
-    return mixtures * model.n_experts if model.balance == "bias" else 0
+    copies = 2 if recipe.train.ema else 1  # the weights that are judged, and those that training goes on from
+    return copies * mixtures * model.n_experts if model.balance == "bias" else 0
 
 
 def optimizer_entries(recipe: Recipe, tensors: Sequence[Weight]) -> int:

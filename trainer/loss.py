@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}
@@ -175,6 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total, nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         to_hidden, to_weight = ctx.saved_tensors
         scale = gradients[0]

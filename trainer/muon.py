@@ -48,21 +48,25 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[torch.Tensor]] = {}
-            for parameter in group["params"]:
+            alike: dict[tuple[torch.Size, int], list[torch.Tensor]] = {}
+            for name, parameter in zip(group.get("names", [""] * len(group["params"])), group["params"], strict=True):
                 if parameter.grad is not None:
-                    alike.setdefault(parameter.shape, []).append(parameter)
-            for parameters in alike.values():
-                self._update(parameters, group)
+                    # An expert's gate and its other factor are two matrices, though they lie in one tensor.
+                    parts = 2 if name.endswith(".gate_up_proj") else 1
+                    alike.setdefault((parameter.shape, parts), []).append(parameter)
+            for (_, parts), parameters in alike.items():
+                self._update(parameters, parts, group)
 
-    def _update(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """Parameters of one shape."""
+    def _update(self, parameters: list[torch.Tensor], parts: int, group: dict[str, Any]) -> None:
+        """Parameters of one shape, whose matrices are so many, one below the other."""
         rate, momentum = group["lr"], group["momentum"]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         buffers = [self._buffer(parameter) for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, buffers, momentum)))
-        scale = 0.2 * max(parameters[0].shape[-2:]) ** 0.5
+        steps = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
+        matrices = steps.reshape(*steps.shape[:-2], parts, -1, steps.shape[-1])
+        updates = orthogonalised(matrices).reshape(steps.shape)
+        scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
         torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-rate * scale)
 

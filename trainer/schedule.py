@@ -95,7 +95,7 @@ def learning_rate(recipe: Recipe, horizon: Horizon, sample: int) -> float:
     """The learning rate of the step that begins with `sample`: linear warmup, then what the schedule says.
 
     wsd stays and then falls in a line from the trunk to the horizon; cosine, linear and polynomial, (1 - p)^power, fall
-    from the end of the warmup on. All reach `final_fraction` of the peak.
+    from the end of the warmup on. All go towards `final_fraction` of the peak, which a step after the last would have.
     """
     train = recipe.train
     step = horizon.step(sample)

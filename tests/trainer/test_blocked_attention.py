@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from trainer.attention_kernels import BLOCK, LONGEST, kept_positions
+from trainer.attention_kernels import BLOCK, LONGEST, attention_kernel, kept_positions
 from trainer.model.blocked_attention import (
-    NAME,
     _BlockedAttention,
     blocked_attention_forward,
     blocked_mask,
@@ -60,13 +59,18 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_in_bf16_it_is_as_close_as_the_fused_kernel():
-    exact = tensors(2, 4, 2, 150, 32)
+    exact = tensors(2, 4, 2, 600, 32)
     rounded = [one.detach().bfloat16().requires_grad_() for one in exact]
     reference = textbook(*exact, 0.2, None)
+    outer = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours = _BlockedAttention.apply(*rounded, 0.2, None)
     fused = torch.nn.functional.scaled_dot_product_attention(*rounded, is_causal=True, scale=0.2, enable_gqa=True)
     error = lambda found: (found.double() - reference).square().mean().sqrt().item()  # noqa: E731
     assert error(ours) < 1.5 * error(fused) + 1e-4
+    wanted = torch.autograd.grad(reference, exact, outer)
+    pairs = (torch.autograd.grad(one, rounded, outer.bfloat16()) for one in (ours, fused))
+    for one, other, right in zip(*pairs, wanted, strict=True):
+        assert (one - right).norm() < 1.5 * (other - right).norm() + 1e-3 * right.norm()
 
 
 @pytest.mark.parametrize("window", [None, 10])
@@ -96,8 +100,17 @@ def test_a_mask_is_made_where_the_kernel_cannot_know_it():
     assert blocked_mask(8, 12, q_offset=4, local_size=4, **sizes) is not None
     assert blocked_mask(8, 8, allow_is_causal_skip=False, **sizes) is not None
     assert blocked_mask(8, 8, attention_mask=torch.tensor([[False] + [True] * 7]), **sizes) is not None
-    assert LONGEST >= BLOCK
-    assert NAME == "evolm_blocked"
+    assert blocked_mask(LONGEST + 1, LONGEST + 1, local_size=4, **sizes) is not None
+
+
+def test_long_sequences_are_left_to_sdpa(recipe_of):
+    query, key, value = tensors(1, 1, 1, LONGEST + 1, 2, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        blocked_attention_forward(torch.nn.Module(), query, key, value, None, scaling=1.0)
+    assert max(one.numel() for one in kept) < LONGEST * BLOCK
+    long = recipe_of(data={"sequence_length": LONGEST + 1}, train={"batch_tokens": 8192, "attention_kernel": "blocked"})
+    assert attention_kernel(long, "cpu") == "sdpa"
 
 
 def test_dropout_is_refused():

@@ -161,6 +161,32 @@ def test_nor_does_it_where_batches_and_sequences_grow(run, recipe_of, sequences,
     torch.testing.assert_close(weights(parts), weights(whole), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("idle", "telling"),
+    [
+        ({"model": {"window": 7}}, {"model": {"attention": "sliding"}}),
+        ({"model": {"rope_theta": 7.0}}, {"model": {"positions": "rope"}}),
+        ({"train": {"base_d_model": 64}}, {"train": {"parameterization": "completep"}}),
+        ({"train": {"decay_fraction": 0.7}}, {"train": {"schedule": "wsd"}}),
+        ({"train": {"adam_eps": 1e-3}}, {"train": {"optimizer": "adamw"}}),
+    ],
+    ids=str,
+)
+def test_what_means_nothing_beside_the_rest_makes_no_other_training(recipe_of, idle, telling):
+    """And does where it means something."""
+    without = {"model": {"positions": "none"}, "train": {"schedule": "constant", "optimizer": "adafactor"}}
+    with_it = {section: {**without[section], **telling.get(section, {})} for section in without}
+
+    def digests(around):
+        changed = {section: {**around[section], **idle.get(section, {})} for section in around}
+        return recipe_digest(recipe_of(**around)), recipe_digest(recipe_of(**changed))
+
+    one, other = digests(without)
+    assert one == other
+    one, other = digests(with_it)
+    assert one != other
+
+
 def test_growing_batches_draw_the_same_samples(run, recipe_of, corpus):
     record, steps = run(recipe_of(train=GROWING), 10 * STEP + 64)
     taken = [after - before for before, after in pairwise([0, *(one.tokens for one in steps)])]

@@ -243,6 +243,19 @@ def test_muon_takes_every_expert_by_itself():
     torch.testing.assert_close(stacked.detach(), torch.stack([one.detach() for one in single]))
 
 
+def test_muon_takes_an_experts_gate_and_its_other_factor_by_themselves():
+    gate, up = torch.randn(2, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    together, apart = torch.nn.Parameter(torch.cat((gate, up), dim=1)), torch.nn.Parameter(gate.clone())
+    for name, parameter, gradient in (
+        ("mlp.experts.gate_up_proj", together, torch.cat((gate, 1e-3 * up), dim=1)),
+        ("mlp.experts.down_proj", apart, gate),
+    ):
+        parameter.grad = gradient.clone()
+        Muon([{"params": [parameter], "names": [name]}], lr=0.1, momentum=0.0).step()
+    torch.testing.assert_close(together[:, :4], apart)
+    assert (together[:, 4:] - up).norm() > 0.5 * (together[:, :4] - gate).norm()
+
+
 def test_which_parameters_muon_is_for(recipe_of):
     recipe = recipe_of(
         model={"ffn": "moe", "n_experts": 4, "tie_embeddings": False}, train={"optimizer": "muon", "weight_decay": 0.3}

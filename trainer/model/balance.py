@@ -46,7 +46,7 @@ def rebalance(model: nn.Module, rate: float) -> None:
 @torch.no_grad()
 def forget_loads(model: nn.Module) -> None:
     """Leave the counts since the last `rebalance` out: those of a step that is begun anew, or skipped. Without a bias,
-    it does nothing."""
+    which alone depends on them, it does nothing."""
     for _, mixture in mixtures(model):
         if mixture.gate.e_score_correction_bias is not None:
             mixture.experts.loads.copy_(mixture.experts.balanced)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -60,21 +61,26 @@ class _BlockedAttention(torch.autograd.Function):
         return output.view(batch, heads, length, size)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         batch, groups, scaling, window = ctx.layout
         length, size = key.shape[1:]
         gradient = gradients[0].reshape(query.shape)
-        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        # What many blocks add to is summed in fp32 at least.
+        wide = torch.promote_types(key.dtype, torch.float32)
+        to_query = torch.empty_like(query)
+        to_key, to_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for (first, low, high), weights in zip(blocks(length, window), kept, strict=True):
             part = query[:, :, low:high].reshape(len(key), -1, size)
             outer = gradient[:, :, low:high].reshape(len(key), -1, size)
             to_weights = torch.bmm(outer, value[:, first:high].transpose(1, 2))
             to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
             to_query[:, :, low:high] = torch.bmm(to_scores, key[:, first:high]).view(len(key), groups, -1, size)
-            to_key[:, first:high].baddbmm_(to_scores.transpose(1, 2), part)
-            to_value[:, first:high].baddbmm_(weights.transpose(1, 2), outer)
+            to_key[:, first:high] += torch.bmm(to_scores.transpose(1, 2), part)
+            to_value[:, first:high] += torch.bmm(weights.transpose(1, 2), outer)
         shape = batch, -1, length, size
+        to_key, to_value = to_key.to(key.dtype), to_value.to(key.dtype)
         return to_query.mul_(scaling).view(shape), to_key.view(shape), to_value.view(shape), None, None
 
 
@@ -101,7 +107,8 @@ def blocked_attention_forward(
 
     Raises ValueError for dropout, which is not built in: `build_model` chooses another kernel for it.
     """
-    if attention_mask is not None or query.shape[2] != key.shape[2] or query.shape[2] == 1:
+    length = query.shape[2]
+    if attention_mask is not None or length != key.shape[2] or not 1 < length <= LONGEST:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )

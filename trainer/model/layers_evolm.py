@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .configuration_evolm import EvolmConfig
@@ -34,6 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         return (unit * weight).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         unit, scale, weight = ctx.saved_tensors
         gradient, weight = gradients[0].float(), weight.float()

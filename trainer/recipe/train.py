@@ -27,11 +27,11 @@ class Train(Section):
         "lion, soap, adan and ademamix need the extra `optim`",
     )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="its peak, after warmup")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
-    adam_eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients, where an optimiser has one")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients, likewise")
+    adam_eps: float = Field(1e-8, gt=0, description="added to the root of the mean square, likewise")
     momentum: float = Field(0.95, ge=0, lt=1, description="decay of the mean of gradients in muon")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled; embeddings, norms and biases are not decayed")
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
 
     batch_tokens: Positive = Field(16_384, description="tokens per optimiser step")
