@@ -96,7 +96,11 @@ def _preset_space(name: str, out: Path) -> str:
         objectives="{bits_per_byte: min}" if sized else "{bits_per_byte: min, params: min}",
         short=_rounded(params),
         long=_rounded(4 * params),
-        resources="{cpus: 1}" if small else "{cpus: 8, gpus: 1}" if params < 4e9 and sized else "{cpus: 64, gpus: 8}",
+        resources="{cpus: 1}"
+        if small
+        else "{cpus: 8, gpus: 1}"
+        if params < 4e9 and sized
+        else "{cpus: 64, gpus: 8, engine: fsdp}",
     )
 
 
