@@ -70,12 +70,13 @@ def main() -> None:
     print(json.dumps({"bits_per_byte": result}))
 
 
-def told(name: str, fp32: list[float], bf16: list[float]) -> dict[str, float]:
+def told(name: str, fp32: list[float], bf16: list[float]) -> dict[str, float | None]:
     """One line of the table, and what it says."""
     difference = statistics.mean(b - a for a, b in zip(fp32, bf16, strict=True))
-    noise = statistics.stdev(fp32) if len(fp32) > 1 else math.nan
+    noise = statistics.stdev(fp32) if len(fp32) > 1 else None
     means = statistics.mean(fp32), statistics.mean(bf16)
-    print(f"{name:>6}  {means[0]:7.4f}  {means[1]:7.4f}  {difference:11.4f}  {noise:7.4f}")
+    spread = "" if noise is None else f"{noise:7.4f}"
+    print(f"{name:>6}  {means[0]:7.4f}  {means[1]:7.4f}  {difference:11.4f}  {spread}")
     return {"fp32": means[0], "bf16": means[1], "difference": difference, "seeds": noise}
 
 

@@ -4,10 +4,10 @@
 
 CHECKOUT is a clone of karpathy/nanoGPT, run as it comes (on a CPU: fp32). Both train on the same random tokens, 8
 sequences of 256 tokens a step, vocabulary 4,096, tied embeddings, GELU, four times the width in the FFN. In place of
-learned positions and LayerNorm ours has rotary positions and RMSNorm. With `--trainer`, also a Llama with two matrices
-of the same size in place of three in its FFN, trained by `transformers.Trainer` in each precision with fused AdamW.
-Each figure is the median over the steps of one process; runs alternate, and the ratio is the median over the pairs. The
-last line is JSON: {"ratios": {"0.36M/fp32": ..., ...}}, with `--trainer` also {"trainer": {...}}.
+learned positions and LayerNorm ours has rotary positions and RMSNorm. With `--trainer`, also a Llama (SwiGLU of 8/3 of
+the width: three matrices with the parameters of our two), trained by `transformers.Trainer` in each precision with
+fused AdamW. Each figure is the median over the steps of one process; runs alternate, and the ratio is the median over
+the pairs. The last line is JSON: {"ratios": {"0.36M/fp32": ..., ...}}, with `--trainer` also {"trainer": {...}}.
 """
 
 from __future__ import annotations

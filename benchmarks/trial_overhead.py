@@ -1,6 +1,6 @@
 """What a trial spends on anything but its own steps: within a trial of half a minute, and before its first step.
 
-    python benchmarks/trial_overhead.py [--seconds 30] [--pairs 5] [--json]
+    python benchmarks/trial_overhead.py [--seconds 30] [--trials 3] [--pairs 5] [--json]
 
 (a) One trial of a 1.8M-parameter proxy over the Python on this machine, as a worker runs it (`run_recipe`), on one
 thread, with a rung above it and a save on the way; its length is chosen so that it takes about `--seconds`. The time
@@ -11,8 +11,10 @@ the same trial (the median of steps 3 to 12); steps are of one sequence, so that
 between two genomes, of which one differs from all before in its mix, as it does in a search, and one in its learning
 rate alone.
 
-Figures are medians; the last line is JSON. Beside wall-clock time stands the processor time of the process, which other
-work on the machine changes little; where the two differ, believe the second, and add what a disk takes.
+Figures are medians; the last line is JSON. It takes about three minutes on a quiet core, half a minute of them to
+tokenise the corpus where evolm's cache does not have it. Beside wall-clock time stands the processor time of the
+process, which other work on the machine changes little; where the two differ, believe the second, and add what a disk
+takes.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ import torch
 from evolm import worker
 from evolm.executors.base import Job, TrialProgress
 from evolm.worker import Context, run_recipe
+from trainer.data.cache import default_cache
 
 TREES = {
     "evaluation": ("evolm.worker.score_domains", "trainer.data.corpus.Corpus.held_out"),
@@ -145,35 +149,37 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--pairs", type=int, default=5, help="start-ups of each kind")
     parser.add_argument("--trials", type=int, default=3, help="trials of `--seconds`")
-    parser.add_argument("--cache", type=Path, help="of the corpus; a new one when absent")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="of the corpus; evolm's own when absent")
     parser.add_argument("--json", action="store_true", help="print the last line only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "run" / "trials").mkdir(parents=True)
-        if options.cache:
-            (folder / "cache").symlink_to(options.cache.resolve())
+        options.cache.mkdir(parents=True, exist_ok=True)
+        (folder / "cache").symlink_to(options.cache.resolve())
+        say = (lambda text: None) if options.json else partial(print, flush=True)
         start_up(genome(batch=256), folder, 0)  # cold: imports, and the corpus where it is new
         warm: dict[str, list[Moment]] = {"another mix": [], "same data": []}
         for n in range(options.pairs):
             warm["another mix"].append(start_up(genome(mix=0.3 + 0.01 * n, batch=256), folder, 100 + n))
             warm["same data"].append(start_up(genome(rate=1e-3 + 1e-4 * n, batch=256), folder, 200 + n))
         begins = {kind: median(found) for kind, found in warm.items()}
-        if not options.json:
-            for kind, (wall, processor) in begins.items():
-                print(
-                    f"start-up in a warm worker, {kind:12} {1000 * wall:5.0f} ms, {1000 * processor:5.0f} of processor"
-                )
+        say(f"{'start-up in a warm worker':26}  {'ms':>8}  {'processor':>9}")
+        for kind, (wall, processor) in begins.items():
+            say(f"{kind:26}  {1000 * wall:8.0f}  {1000 * processor:9.0f}")
         tokens = _length(folder, options.seconds)
-        trials = [shares(genome(), tokens, folder, 300 + n, options.seconds) for n in range(options.trials)]
+        trials = []
+        for n in range(options.trials):
+            trials.append(shares(genome(), tokens, folder, 300 + n, options.seconds))
+            say(f"trial {n + 1} of {options.trials}: {tokens:,} tokens in {trials[-1]['total'][0]:.1f} s")
     whole = median([one["total"] for one in trials])
     parts = {name: median([one[name] for one in trials]) for name in TREES}
     part = {name: (wall / whole[0], processor / whole[1]) for name, (wall, processor) in parts.items()}
-    if not options.json:
-        print(f"a trial of {tokens:,} tokens in {whole[0]:.1f} s, {whole[1]:.1f} of processor")
-        for name, (wall, processor) in part.items():
-            print(f"  {name:12} {wall:6.2%} {1000 * parts[name][0]:7.0f} ms   of processor {processor:6.2%}")
+    say(f"{'of a trial':26}  {'ms':>8}  {'processor':>9}  {'share':>7}  {'of proc.':>8}")
+    for name, (wall, processor) in {"all": whole, **parts}.items():
+        of = f"{wall / whole[0]:7.2%}  {processor / whole[1]:8.2%}"
+        say(f"{name:26}  {1000 * wall:8.0f}  {1000 * processor:9.0f}  {of}")
     scored = [part["evaluation"][clock] + part["checkpoints"][clock] for clock in (0, 1)]
     print(
         json.dumps(

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
-from search_spaces.errors import nearest
 from trainer.metrics_log import MAX_BYTES
 from trainer.recipe import Section
-from trainer.sinks import sink_names, unknown_sink
+from trainer.sinks import unknown_sink
 
 Direction = Literal["min", "max"]
 EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
@@ -131,17 +130,15 @@ class TelemetrySection(Section):
         [],
         description="where the lines of metrics.jsonl go besides: `tensorboard`, `mlflow`, `wandb` or a plug-in's name",
     )
-    max_bytes: Annotated[Count, Field(ge=2**16)] = Field(
+    max_bytes: Annotated[int, Field(ge=2**16), BeforeValidator(_whole)] = Field(
         MAX_BYTES, description="of each metrics.jsonl; beyond it every second line is left out"
     )
 
     @field_validator("sinks")
     @classmethod
     def _known(cls, sinks: list[str]) -> list[str]:
-        if (name := unknown_sink(sinks)) is not None:
-            close = nearest(name, sink_names())
-            advice = f"did you mean '{close}'?" if close else f"there are {', '.join(sink_names())}"
-            raise ValueError(f"unknown sink '{name}'; {advice}")
+        if words := unknown_sink(sinks):
+            raise ValueError(words)
         if len(set(sinks)) < len(sinks):
             raise ValueError("names a sink twice")
         return sinks

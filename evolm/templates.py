@@ -83,7 +83,7 @@ def _preset_space(name: str, out: Path) -> str:
     rate = shipped.value["train"]["learning_rate"]
     sized = not is_gene(rate)
     params = _params(shipped.value) if sized else 10**9
-    small = name in FOR_CPUS
+    small, fits = name in FOR_CPUS, sized and params < 4e9  # on one GPU, whole
     return PRESET_SPACE.format(
         preset=name,
         about=shipped.lines[0].removeprefix("# "),
@@ -96,7 +96,7 @@ def _preset_space(name: str, out: Path) -> str:
         objectives="{bits_per_byte: min}" if sized else "{bits_per_byte: min, params: min}",
         short=_rounded(params),
         long=_rounded(4 * params),
-        resources="{cpus: 1}" if small else "{cpus: 8, gpus: 1}" if params < 4e9 and sized else "{cpus: 64, gpus: 8}",
+        resources="{cpus: 1}" if small else "{cpus: 8, gpus: 1}" if fits else "{cpus: 64, gpus: 8, engine: fsdp}",
     )
 
 

@@ -6,7 +6,6 @@ This is the trial boundary: whatever goes wrong inside becomes an outcome with a
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -137,7 +136,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent, rank
     _refuse_changed(corpus, context)
     first = ranks.first
     with (
-        MetricsLog(Path(job.folder) / "metrics.jsonl" if first else Path(os.devnull), context.log_bytes) as log,
+        MetricsLog(Path(job.folder) / "metrics.jsonl" if first else None, context.log_bytes) as log,
         Sinks(context.sinks if first else (), _run_info(job, recipe), _Warn(job)) as sinks,
     ):
         telemetry = Telemetry(recipe, context.device, log, sinks, devices=ranks.world)
@@ -157,7 +156,7 @@ def _train_and_score(job: Job, tell: Tell, context: Context, spent: _Spent, rank
             **{f"epochs/{name}": count for name, count in record.epochs_by_source.items()},
         }
         telemetry.scores({"rung": job.rung, "tokens": record.tokens, **metrics})
-    seconds = record.seconds + time.perf_counter() - scoring
+        seconds = record.seconds + time.perf_counter() - scoring  # before the sinks are waited for
     return job.told(metrics, flops=record.flops, seconds=seconds, message=note)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 MAX_BYTES = 2**22
 """A log is thinned before it grows beyond this."""
@@ -18,12 +18,15 @@ class MetricsLog:
 
     The file never exceeds `max_bytes`: before it would, every second line of training is left out, of all the log, and
     the file is replaced as a whole. What is left is still the whole curve. Lines without a `loss`, the scores of a
-    rung, stay; a line that is longer than all the log may be is not written.
+    rung, stay; a line that is longer than all the log may be is not written. What is no regular file is never replaced.
+    Without a path nothing is written: of the ranks of a run, the first one alone has a log.
     """
 
-    def __init__(self, path: Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, path: Path | None, max_bytes: int = MAX_BYTES) -> None:
         self.path, self.max_bytes = path, max_bytes
-        self._stream = path.open("ab+")
+        if path is not None:
+            _thinned(path).unlink(missing_ok=True)  # of a writer that was killed
+        self._stream: IO[bytes] = io.BytesIO() if path is None else path.open("ab+")
         self._size = self._stream.tell()
         if self._size > 0:
             self._stream.seek(-1, 2)
@@ -32,11 +35,14 @@ class MetricsLog:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line."""
+        if self.path is None:
+            return
         line = json.dumps(values).encode() + b"\n"
         if self._size + len(line) > self.max_bytes:
             if len(line) > self.max_bytes:
                 return
-            self._thin(self.max_bytes - len(line))
+            if self.path.is_file():
+                self._thin(self.path, self.max_bytes - len(line))
         self._append(line)
 
     def _append(self, line: bytes) -> None:
@@ -44,19 +50,19 @@ class MetricsLog:
         self._stream.flush()
         self._size += len(line)
 
-    def _thin(self, room: int) -> None:
+    def _thin(self, path: Path, room: int) -> None:
         """Replace the file by one of half the lines, as often as it takes."""
-        kept = [(json.dumps(values).encode() + b"\n", "loss" in values) for values in read_metrics(self.path)]
+        kept = [(json.dumps(values).encode() + b"\n", "loss" in values) for values in read_metrics(path)]
         while sum(len(line) for line, _ in kept) > room:
             kept = _halved(kept)
-        temporary = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary = _thinned(path)
         try:
             temporary.write_bytes(b"".join(line for line, _ in kept))
-            temporary.replace(self.path)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
             self._stream.close()
-            self._stream = self.path.open("ab+")
+            self._stream = path.open("ab+")
             self._size = self._stream.tell()
 
     def __enter__(self) -> Self:
@@ -64,6 +70,11 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stream.close()
+
+
+def _thinned(path: Path) -> Path:
+    """Where a log is written anew before it takes the place of the old one."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 def _halved(lines: list[tuple[bytes, bool]]) -> list[tuple[bytes, bool]]:

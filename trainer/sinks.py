@@ -1,8 +1,8 @@
 """Where the numbers of a training run go besides its metrics.jsonl: TensorBoard, MLflow, Weights & Biases, or others'.
 
 Others plug in through the entry point group `evolm.sinks`: a name, and a callable without arguments that gives a Sink.
-A run never waits for a sink and never fails with one. Each has a thread of its own and a bounded queue; what fails, or
-does not keep up, is told in one line and dropped.
+No step waits for a sink and no run fails with one; the end of a run waits a few seconds at most. Each sink has a thread
+of its own and a bounded queue; what fails, or does not keep up, is told in one line and dropped.
 """
 
 from __future__ import annotations
@@ -109,6 +109,10 @@ class MLflow:
         self._client.set_terminated(self._run)
 
 
+_OURS: dict[str, str] = {}
+"""Environment variables of W&B that an earlier run in this process was given, and not by its user."""
+
+
 class WandB:
     """A run of Weights & Biases: offline in the run folder, unless WANDB_MODE says otherwise; `wandb sync` uploads."""
 
@@ -117,7 +121,9 @@ class WandB:
         import os
 
         for name in ("CACHE", "CONFIG", "DATA"):  # it would write to the user's home
-            os.environ.setdefault(f"WANDB_{name}_DIR", str(run.home / "wandb" / name.lower()))
+            variable = f"WANDB_{name}_DIR"
+            if os.environ.get(variable) in (None, _OURS.get(variable)):
+                os.environ[variable] = _OURS[variable] = str(run.home / "wandb" / name.lower())
         import wandb
 
         (run.home / "wandb").mkdir(exist_ok=True)
@@ -154,27 +160,36 @@ def sink_names() -> list[str]:
 
 
 def unknown_sink(names: Iterable[str]) -> str | None:
-    """The first name that is no sink's, or None."""
+    """What to say of the first name that is no sink's, or None."""
     strange = [name for name in names if name not in BUILT_IN]
     known = sink_names() if strange else []
-    return next((name for name in strange if name not in known), None)
+    for name in strange:
+        if name not in known:
+            close = nearest(name, known)
+            advice = f"did you mean '{close}'?" if close else f"there are {', '.join(known)}"
+            return f"unknown sink '{name}'; {advice}"
+    return None
 
 
 def check_sinks(names: Iterable[str]) -> None:
     """Raise UsageError for a sink that does not exist or whose package is not installed."""
     names = list(names)
-    if (name := unknown_sink(names)) is not None:
-        close = nearest(name, sink_names())
-        advice = f"did you mean '{close}'?" if close else f"there are {', '.join(sink_names())}"
-        raise UsageError(f"unknown sink '{name}'; {advice}")
+    if words := unknown_sink(names):
+        raise UsageError(words)
     for name in names:
         if name in BUILT_IN:
             _, module, extra = BUILT_IN[name]
-            if find_spec(module) is None:
+            if not _installed(module):
                 raise UsageError(
                     f"sink '{name}' needs the package {module}, which is not installed: "
                     f"pip install {module} (it is in evolm's extra `{extra}`)"
                 )
+
+
+def _installed(module: str) -> bool:
+    """Whether there is such a package. A plain folder of its name, as W&B leaves it where a run was, is none."""
+    found = find_spec(module)
+    return found is not None and found.origin is not None
 
 
 def _make(name: str) -> Sink:
@@ -235,7 +250,7 @@ class _Channel:
             while (line := self._waiting.get()) is not None:
                 sink.write(*line)
             sink.close()
-        except Exception as error:
+        except BaseException as error:  # also what would end a program: in a thread it would be silent
             if not self._dropped.is_set():
                 self._dropped.set()
                 words = " ".join(str(error).split())[:300]

@@ -16,6 +16,7 @@ from torch import nn
 from trainer.cost import costs
 from trainer.data.loader import Loader
 from trainer.metrics_log import MetricsLog
+from trainer.model import expert_counts, expert_loads
 from trainer.peak_flops import Precision, peak_flops
 from trainer.recipe import Recipe
 from trainer.sinks import Sinks
@@ -28,10 +29,12 @@ METRICS_EVERY = 0.02
 
 
 class Meter:
-    """Training loss by source and what was drawn of each: gathered on the device as a run trains."""
+    """Training loss by source and what was drawn of each: gathered on the device as a run trains. With a `model`, also
+    how evenly the experts of its mixtures are used."""
 
-    def __init__(self, loader: Loader, device: torch.device) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, device: torch.device, model: nn.Module | None = None) -> None:
+        self.loader, self.model = loader, model
+        self._counts: dict[str, torch.Tensor] | None = None
         kind = torch.float32 if device.type == "mps" else torch.float64
         self._nats = torch.zeros(len(loader.names), dtype=kind, device=device)
         self._tokens = np.zeros(len(loader.names), np.int64)
@@ -46,8 +49,9 @@ class Meter:
     def details(self, samples: int, norms: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """By name: `gradient_norm/KIND` for each kind of parameter whose norm is given; of each source `loss/NAME`, the
         mean over what this rank drew of it since this was last asked, and, over the first `samples` samples,
-        `tokens/NAME`, `share/NAME` (of all tokens), `mix/NAME` (the share that was asked for) and `epochs/NAME`. Waits
-        for the device."""
+        `tokens/NAME`, `share/NAME` (of all tokens), `mix/NAME` (the share that was asked for) and `epochs/NAME`; of
+        each mixture, `experts/LAYER/most` and `experts/LAYER/mean`, the largest and the mean share of this rank's
+        tokens since this was last asked that used one expert. Waits for the device."""
         read = torch.stack(list(norms.values())).tolist() if norms else []
         found = {f"gradient_norm/{kind}": norm for kind, norm in zip(norms, read, strict=True)}
         for name, nats, tokens in zip(self.loader.names, self._nats.tolist(), self._tokens, strict=True):
@@ -55,7 +59,20 @@ class Meter:
                 found[f"loss/{name}"] = nats / int(tokens)
         self._nats.zero_()
         self._tokens[:] = 0
-        return found | self._drawn(samples)
+        return found | self._drawn(samples) | self._experts()
+
+    def _experts(self) -> dict[str, float]:
+        if self.model is None:
+            return {}
+        loads, self._counts = expert_loads(self.model, self._counts), expert_counts(self.model)
+        if not loads:
+            return {}
+        found: dict[str, float] = {}
+        read = torch.stack([torch.stack([one.max(), one.mean()]) for one in loads.values()]).tolist()
+        for name, (most, mean) in zip(loads, read, strict=True):
+            layer = name.removeprefix("model.layers.").removesuffix(".mlp")
+            found[f"experts/{layer}/most"], found[f"experts/{layer}/mean"] = most, mean
+        return found
 
     def _drawn(self, samples: int) -> dict[str, float]:
         drawn, epochs, asked = self.loader.drawn(samples), self.loader.epochs(samples), self.loader.shares

@@ -130,9 +130,10 @@ def test_init_writes_a_space_on_each_preset(
     assert found["name"] == "mine" and found["feasible"]["share"] > 0
     assert {"data.mix", "train.learning_rate", "train.weight_decay"} <= {gene["path"] for gene in found["genes"]}
     assert (tmp_path / "space.schema.json").is_file()
-    assert load_space(tmp_path / "mine.yaml").settings.gpus == (0 if preset in ("nano", "micro") else pytest.approx(
-        8 if preset in ("xl", "llama_7b", "wide") else 1
-    ))  # fmt: skip
+    settings = load_space(tmp_path / "mine.yaml").settings
+    gpus = 0 if preset in ("nano", "micro") else 8 if preset in ("xl", "llama_7b", "wide") else 1
+    assert settings.gpus == gpus
+    assert settings.engine == ("fsdp" if gpus == 8 else None)  # no GPU has to hold such a model whole
 
 
 def test_init_refuses_what_it_cannot_write(evolm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ when they fail."""
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evolm import worker
 from evolm.config import load_space
 from evolm.errors import SpaceError
 from evolm.executors.base import Job
@@ -18,6 +20,19 @@ from evolm.worker import Context, run_recipe
 from reports.figures.curves import read_curve
 from trainer import sinks
 from trainer.metrics_log import read_metrics
+
+
+class Clock:
+    """The real one, which can be put forward."""
+
+    def __init__(self) -> None:
+        self.ahead, self.real = 0.0, time.perf_counter
+
+    def __call__(self) -> float:
+        return self.real() + self.ahead
+
+    def forward(self, seconds: float) -> None:
+        self.ahead += seconds
 
 
 class Failing:
@@ -67,6 +82,16 @@ def test_a_sink_that_fails_costs_a_trial_nothing_and_is_noted_once(
     assert (tmp_path / "2" / "sinks.log").read_text() == note
     lengths = [len(list(read_metrics(tmp_path / name / "metrics.jsonl"))) for name in ("1", "2")]
     assert lengths[0] == lengths[1] > 20
+
+
+def test_what_a_sink_takes_at_the_end_is_no_time_of_the_trials(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words_corpus: Path, cache: Path
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(worker.time, "perf_counter", clock)
+    monkeypatch.setattr(worker.Sinks, "close", lambda self, seconds=0.0: clock.forward(1000.0))
+    outcome = run_recipe(job(tmp_path / "1", words_corpus, cache), lambda progress: True)
+    assert outcome.kind == "result" and 0 < outcome.seconds < 1000
 
 
 def test_a_trials_log_keeps_its_bound_and_its_whole_curve(tmp_path: Path, words_corpus: Path, cache: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,42 @@ def test_a_disk_that_is_full_while_the_log_is_thinned_loses_nothing(
         log.write(line(5))
     assert [one["tokens"] - 1_000_000 for one in read_metrics(path)] == [0, 2, 5]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_a_kill_left_of_a_log_that_was_being_thinned_is_removed(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(self: Path, target: Path) -> Path:
+        raise Killed
+
+    path, left = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.tmp"
+    with MetricsLog(path, 4 * SIZE) as log, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        patch.setattr(Path, "replace", kill)
+        for number in range(4):
+            log.write(line(number))
+        with pytest.raises(Killed):
+            log.write(line(4))
+    assert left.is_file()
+    with MetricsLog(path, 4 * SIZE) as log:
+        log.write(line(5))
+    assert not left.exists() and len(list(read_metrics(path))) == 3
+
+
+def test_without_a_path_nothing_is_written_and_no_bound_is_reached() -> None:
+    with MetricsLog(None, 2 * SIZE) as log:
+        for number in range(9):
+            log.write(line(number))
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to(os.devnull)
+    with MetricsLog(path, 2 * SIZE) as log:
+        for number in range(9):
+            log.write(line(number))
+    assert path.is_symlink() and [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -142,6 +143,17 @@ def test_a_sink_that_fails_is_told_once_and_dropped_and_the_others_go_on(
     assert len(good.calls) == 22
 
 
+def test_a_sink_that_ends_the_program_is_told_like_any_that_fails(run: RunInfo, plugged: Any) -> None:
+    def leave() -> Any:
+        sys.exit("no licence")
+
+    said: list[str] = []
+    plugged("leaving", leave)
+    with Sinks(["leaving"], run, said.append) as sinks:
+        sinks.write(0, {"loss": 1.0})
+    assert said == ["sink 'leaving' failed and is dropped: SystemExit: no licence; metrics.jsonl has everything"]
+
+
 def test_a_sink_that_hangs_is_left_behind_and_a_run_waits_for_nothing_but_its_end(run: RunInfo, plugged: Any) -> None:
     release, said = threading.Event(), []
 
@@ -220,6 +232,16 @@ def test_a_sink_whose_package_is_missing_is_told_with_what_to_install(
         check_sinks([name])
 
 
+def test_a_plain_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As W&B leaves one, of its runs, in the working directory."""
+    (tmp_path / "evolm_lookalike" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(BUILT_IN, "lookalike", (Kept, "evolm_lookalike", "track"))
+    assert find_spec("evolm_lookalike") is not None
+    with pytest.raises(UsageError, match="which is not installed"):
+        check_sinks(["lookalike"])
+
+
 def test_the_extras_are_those_of_the_project() -> None:
     import tomllib
 
@@ -278,6 +300,29 @@ def test_mlflow_keeps_runs_in_the_run_folder(run: RunInfo, monkeypatch: pytest.M
     assert {m.step for m in client.get_metric_history(found[-1].info.run_id, "loss/web")} == {0, 1, 2}
 
 
+def test_wandb_writes_where_each_run_is_and_where_its_user_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the package: of two searches in one process, the second does not write into the first's."""
+    seen: list[dict[str, str]] = []
+    fake = ModuleType("wandb")
+    fake.Settings = lambda **values: None  # type: ignore[attr-defined]
+    fake.init = lambda **values: seen.append(dict(os.environ))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(module, "_OURS", {})
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", "mine")
+    for name in ("CACHE", "DATA"):
+        monkeypatch.delenv(f"WANDB_{name}_DIR")
+    homes = [tmp_path / "first", tmp_path / "second"]
+    for home in homes:
+        home.mkdir()
+        module.WandB().open(RunInfo(folder=home, home=home, group="g", name="n"))
+    assert [Path(one["WANDB_CACHE_DIR"]) for one in seen] == [home / "wandb" / "cache" for home in homes]
+    assert [Path(one["WANDB_DATA_DIR"]) for one in seen] == [home / "wandb" / "data" for home in homes]
+    assert [one["WANDB_CONFIG_DIR"] for one in seen] == ["mine", "mine"]
+
+
 @installed("wandb")
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_is_offline_and_in_the_run_folder(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +353,7 @@ def broken_module(name: str) -> ModuleType:
 def test_a_package_that_raises_in_everything_hurts_no_run(
     name: str, run: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda package: object())
+    monkeypatch.setattr(module, "_installed", lambda package: True)
     monkeypatch.setenv("WANDB_CACHE_DIR", str(run.home))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(run.home))
     monkeypatch.setenv("WANDB_DATA_DIR", str(run.home))

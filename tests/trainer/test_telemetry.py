@@ -105,6 +105,20 @@ def test_pieces_of_a_sample_count_for_its_source(corpus) -> None:
     assert not any(name.startswith("loss/") for name in meter.details(6, {}))  # nothing since
 
 
+def test_the_largest_and_the_mean_load_of_experts_are_those_since_they_were_last_asked_for(corpus, recipe_of) -> None:
+    moe = {"ffn": "moe", "n_experts": 4, "n_active_experts": 2, "n_dense_layers": 1}
+    model = build_model(recipe_of(model=moe), 0)
+    meter, loads = Meter(corpus.loader(0), CPU, model), model.model.layers[1].mlp.experts.loads
+    loads += torch.tensor([10, 6, 4, 0])  # of ten tokens
+    first = meter.details(6, {})
+    loads += torch.tensor([1, 1, 1, 1])
+    second = meter.details(6, {})
+    for found, most in ((first, 1.0), (second, 0.5)):
+        experts = {name: value for name, value in found.items() if name.startswith("experts/")}
+        assert experts == {"experts/1/most": pytest.approx(most), "experts/1/mean": pytest.approx(0.5)}
+    assert meter.details(6, {})["experts/1/most"] == 0.0  # nothing since
+
+
 def test_what_was_drawn_of_each_source_stands_beside_what_was_asked_for(recipe_of, cache, tmp_path: Path) -> None:
     from trainer.data.corpus import Corpus
 

@@ -5,7 +5,7 @@ Importing this package makes `transformers.AutoModelForCausalLM` know it.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from trainer.model.balance import expert_loads, forget_loads, rebalance
+from trainer.model.balance import expert_counts, expert_loads, forget_loads, rebalance
 from trainer.model.build import build_model, config_of
 from trainer.model.configuration_evolm import EvolmConfig
 from trainer.model.modeling_evolm import EvolmForCausalLM, EvolmModel, Head
@@ -21,6 +21,7 @@ __all__ = [
     "Head",
     "build_model",
     "config_of",
+    "expert_counts",
     "expert_loads",
     "forget_loads",
     "rebalance",

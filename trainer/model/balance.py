@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import distributed, nn
@@ -15,12 +15,18 @@ def mixtures(model: nn.Module) -> Iterator[tuple[str, EvolmMixture]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, EvolmMixture))
 
 
-def expert_loads(model: nn.Module) -> dict[str, torch.Tensor]:
-    """For each mixture, the share of the tokens trained on since the model was made that used each of its X experts:
-    (X), fp32, with the sum of active experts. Nothing is ever dropped: experts have no capacity that could be full."""
+def expert_counts(model: nn.Module) -> dict[str, torch.Tensor]:
+    """For each mixture, how many of the tokens trained on since the model was made used each of its X experts: (X)."""
+    return {name: mixture.experts.loads.clone() for name, mixture in mixtures(model)}
+
+
+def expert_loads(model: nn.Module, before: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """For each mixture, the share of the tokens trained on since the model was made, or since it had the counts
+    `before`, that used each of its X experts: (X), fp32, with the sum of active experts. Nothing is ever dropped:
+    experts have no capacity that could be full."""
     loads = {}
     for name, mixture in mixtures(model):
-        count = mixture.experts.loads.float()
+        count = (mixture.experts.loads - (before[name] if before else 0)).float()
         loads[name] = mixture.top_k * count / count.sum().clamp(min=1)
     return loads
 

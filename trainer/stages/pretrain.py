@@ -7,7 +7,6 @@ checkpoint) and `record.json`, which is written last: where it stands, the stage
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -106,7 +105,7 @@ def pretrain(
     first = setup.ranks.first
     about = RunInfo(folder=folder, home=folder, group="evolm", name=folder.name, recipe=recipe.model_dump(mode="json"))
     with (
-        MetricsLog(folder / "metrics.jsonl" if first else Path(os.devnull)) as log,
+        MetricsLog(folder / "metrics.jsonl" if first else None) as log,
         Sinks(sinks if first else (), about, warn) as others,
     ):
         telemetry = Telemetry(recipe, device, log, others, every=METRICS_EVERY, devices=setup.ranks.world)
