@@ -109,7 +109,7 @@ class _Run:
         self.checkpoints, self.device, self.teacher = checkpoints, device, teacher
         self.ranks, self.engine = setup.ranks, build_engine(recipe, seed, device, setup, teacher)
         self.loader: Loader = corpus.loader(seed)
-        self.meter = Meter(self.loader, device)
+        self.meter = Meter(self.loader, device, self.engine.model)
         self.average = Average(self.engine.model, recipe.train.ema) if recipe.train.ema else None
         self.scale = LossScale(device) if recipe.train.precision == "fp16" else None
         self.spikes = Spikes(recipe.train.skip_spikes) if recipe.train.skip_spikes else None
