@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
 from search_spaces.errors import nearest
+from trainer.extras import EngineName
 from trainer.metrics_log import MAX_BYTES
 from trainer.recipe import Section
 from trainer.sinks import sink_names, unknown_sink
 
 Direction = Literal["min", "max"]
-EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
 
 DEFAULT_OBJECTIVES: dict[str, Direction] = {"bits_per_byte": "min", "params": "min"}
 

@@ -119,7 +119,7 @@ class _Run:
         self.flops_per_token = {phase.length: self.price(phase.length) for phase in horizon.sequences}
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
-        self.micro, self.oom_backoffs = self.ranks.least(micro_batch(recipe, device)), 0
+        self.micro, self.oom_backoffs = self.ranks.least(micro_batch(recipe, device, setup)), 0
         self.seen = math.nan, math.nan  # loss and gradient norm when they were last looked at
         self.started = self.saved = time.perf_counter()
 
