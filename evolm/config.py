@@ -150,6 +150,11 @@ def _settings(values: Values, problems: Problems, own: bool) -> Settings | None:
         problems.unknown(("search", "algorithm"), str(algorithm), names(), "algorithm")
     if not own and "telemetry" in given:
         problems.add(("telemetry",), "is about evolm's own trainer: a trial.command writes its metrics.jsonl itself")
+    if not own and isinstance(given.get("resources"), dict):
+        for key in ("processes", "engine"):
+            if given["resources"].get(key) is not None:
+                advice = "a trial.command starts what it needs itself, on the devices of resources.gpus"
+                problems.add(("resources", key), "is about evolm's own trainer", help=advice)
     fidelity = _fidelity(values, problems) if "fidelity" not in broken else None
     if problems.found or fidelity is None:
         return None

@@ -91,9 +91,6 @@ def start(
     refuse_unmet(file)
     if file.settings.command is not None:
         check_command(file.settings.command, Path.cwd(), file.document)
-        if file.settings.processes or file.settings.engine:
-            advice = "trial.command starts what it needs itself, on the devices of resources.gpus"
-            raise UsageError(f"resources.processes and resources.engine are for evolm's own trainer; {advice}")
     check_sinks(file.settings.sinks)
     folder = new_or_named(run, file.name)
     _forget_unbegun(folder)

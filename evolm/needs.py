@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from evolm.config import SpaceFile
 from search_spaces.errors import Path as KeyPath
 from search_spaces.errors import Problems, SpaceError
-from trainer.extras import missing_extra, unusable_precision
-from trainer.recipe import WITHOUT_TRUNK
+from trainer.extras import ENGINE_FIELDS, missing_extra, untrainable, unusable_precision
+from trainer.recipe import WITHOUT_TRUNK, Train
+
+NO_VALUES = ("when", "step", "log", "ordered", "transfer")
+"""Options of a gene that none of its values stands in."""
 
 
 def refuse_unmet(file: SpaceFile) -> None:
-    """Raise SpaceError where a value that a trial may have needs an extra that is not installed, or a GPU that trials
-    are not given."""
+    """Raise SpaceError where a value that a trial may have needs an extra that is not installed, a GPU that trials
+    are not given, or another engine than they are trained with."""
     if file.settings.command is not None:
         return
     problems = Problems()
@@ -26,6 +29,10 @@ def refuse_unmet(file: SpaceFile) -> None:
     for path, word in _words(file, "precision"):
         if rule := unusable_precision(word, device):
             problems.add(path, rule, help="or give each trial a GPU, with `resources: {gpus: 1}`")
+    for field in ENGINE_FIELDS if file.settings.engine is not None else ():
+        for path, value in _values(file, field):
+            if rule := untrainable(str(file.settings.engine), field, value):
+                problems.add(path, rule, value=value)
     if problems.found:
         raise SpaceError(file.document.locate(problems.found))
 
@@ -39,15 +46,36 @@ def retrained(file: SpaceFile) -> list[str]:
 
 def _words(file: SpaceFile, field: str) -> Iterator[tuple[KeyPath, str]]:
     """The words in what a file says of a field of `train`, in genes, groups and expressions too, with their places."""
-    yield from _below(file.document.value.get("train"), ("train",), field, False)
+    for path, value in _below(file.document.value.get("train"), ("train",), field, False):
+        if isinstance(value, str):
+            yield from ((path, word) for word in sorted(set(re.findall(r"\w+", value))))
 
 
-def _below(node: Any, path: KeyPath, field: str, inside: bool) -> Iterator[tuple[KeyPath, str]]:
+def _values(file: SpaceFile, field: str) -> Iterator[tuple[KeyPath, Any]]:
+    """What a field of `train` may be: the words that a file says of it, and numbers with the bounds of their genes; of
+    a number that is derived, its value in the baseline."""
+    default = getattr(Train(), field)
+    if isinstance(default, str):
+        known = get_args(Train.model_fields[field].annotation)
+        yield from ((path, word) for path, word in _words(file, field) if word in known)
+        return
+    found = False
+    for path, value in _below(file.document.value.get("train"), ("train",), field, False):
+        if isinstance(value, int | float):
+            found = True
+            yield path, value
+    if not found:
+        yield ("train", field), file.space.baseline.values().get("train", {}).get(field, default)
+
+
+def _below(node: Any, path: KeyPath, field: str, inside: bool) -> Iterator[tuple[KeyPath, Any]]:
+    """The leaves of what is said of a field; of genes, those that are values."""
     if isinstance(node, dict):
         for key, item in node.items():
-            yield from _below(item, (*path, key), field, inside or key == field)
+            if not (inside and key in NO_VALUES):
+                yield from _below(item, (*path, key), field, inside or key == field)
     elif isinstance(node, list):
         for index, item in enumerate(node):
             yield from _below(item, (*path, index), field, inside)
-    elif inside and isinstance(node, str):
-        yield from ((path, word) for word in sorted(set(re.findall(r"\w+", node))))
+    elif inside:
+        yield path, node

@@ -132,10 +132,11 @@ def _same_corpus(run: Run, trial: Trial, cache: Path) -> Corpus:
 def _train_all(
     run: Run, recipes: dict[str, Values], folder: Path, tokens: int, cache: Path, say: Say
 ) -> dict[str, dict[str, Any]]:
-    """Train every recipe in a process of its own: side by side on CPUs, one after the other on a GPU."""
-    device = "cuda" if run.settings.gpus > 0 else "cpu"
-    together = device == "cpu" and (os.cpu_count() or 1) >= len(recipes)
-    threads = max(1, (os.cpu_count() or 1) // len(recipes)) if together else os.cpu_count() or 1
+    """Train every recipe in a process of its own, or in as many as a trial had: side by side where those are single
+    processes on CPUs, one after the other otherwise."""
+    device, cores, ranks = "cuda" if run.settings.gpus > 0 else "cpu", os.cpu_count() or 1, run.settings.ranks
+    together = device == "cpu" and ranks == 1 and cores >= len(recipes)
+    threads = max(1, cores // (len(recipes) if together else ranks))
     batches = [list(recipes)] if together else [[name] for name in recipes]
     for batch in batches:
         processes = {}
@@ -155,6 +156,10 @@ def _launch(run: Run, stage: Path, tokens: int, device: str, threads: int, cache
     command += ["--threads", str(threads), "--cache", str(cache), "--test", "--no-export"]
     command += [word for root in run.ledger.meta["roots"] for word in ("--root", root)]
     command += [word for name in run.settings.sinks for word in ("--sink", name)]
+    if run.settings.ranks > 1:
+        command += ["--processes", str(run.settings.ranks)]
+    if run.settings.engine is not None:
+        command += ["--engine", run.settings.engine]
     if run.settings.target:
         command += ["--target", json.dumps(run.settings.target)]
     with (stage / "log.txt").open("ab") as log:

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from evolm.errors import RankError
+from evolm.errors import RankError, UsageError
 from evolm.executors.processes import Family, die_with_parent, how_it_ended
-from evolm.signals import on_signals
+from evolm.signals import ENDING, on_signals
+from trainer.sinks import FLUSH_SECONDS
 
 MARK = "EVOLM_RANK"
 
@@ -23,11 +24,15 @@ LAUNCHER = "EVOLM_LAUNCHER"
 """The process that started this one as a rank."""
 
 BYSTANDER = 86
-"""The exit code of a rank that ended because another one has gone: it has nothing to say."""
+"""The exit code of a rank that ended because another one has gone: why that was, it does not know."""
 
 LAST_SECONDS = 3.0
 """How long the others may take to end by themselves once one rank has failed. They cannot save: it takes all of them to
 put a step together."""
+
+ENDING_SECONDS = FLUSH_SECONDS + 5.0
+"""The same, when the first to end did so by a signal or noticed that another one had gone: what is saved is saved, but
+the first rank may be waiting for its sinks."""
 
 LOOK_SECONDS = 0.05
 
@@ -57,22 +62,35 @@ def end_with_launcher() -> None:
         die_with_parent(int(os.environ[LAUNCHER]))
 
 
+def check_devices(device: str, world: int) -> None:
+    """Raises UsageError where this machine has no GPU for each of `world` ranks. Leaves the memory of GPUs alone."""
+    if device.startswith("cuda:") and world > 1:
+        raise UsageError(f"--device {device} is one GPU, and --processes {world} needs as many: take --device cuda")
+    if device == "cuda":
+        import torch
+
+        if (there := torch.cuda.device_count()) < world:
+            raise UsageError(f"--processes {world} needs as many GPUs, and this machine has {there}")
+
+
 def run_ranks(command: Sequence[str], world: int) -> int:
     """Run a command as `world` ranks to their end; returns the exit code of the first rank. It has this process's
     terminal; what the others say is kept, and shown only when one of them is why the run failed.
 
-    A signal is passed on to all, which save and end after the same step. When one rank fails, the others are ended.
-    Raises RankError with the words of a rank that failed, unless the first one has said them itself.
+    A signal is passed on to all: once they train they save and end after the same step, before that they end. The exit
+    code is then the signal's. When one rank fails, the others are ended. Raises RankError with the words of a rank that
+    failed, and its exit code where that is one of evolm's, unless the first one has said them itself.
     """
     port = free_port()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evolm-ranks-")))
         families: list[Family] = []
+        passed: list[int] = []
 
         def pass_on(number: int) -> None:
+            passed.append(signal.SIGTERM if number == signal.SIGHUP else number)
             for family in families:
-                if not family.ended(0):
-                    os.kill(family.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+                _tell(family, passed[-1:])
 
         stack.enter_context(on_signals(pass_on))
         for rank in range(world):
@@ -82,8 +100,15 @@ def run_ranks(command: Sequence[str], world: int) -> int:
             family = Family(command, mark=MARK, env=environment, stdin=subprocess.DEVNULL, stdout=words, stderr=said)
             stack.callback(family.kill)
             families.append(family)
+            _tell(family, passed[-1:])  # it may have come before this rank was there to hear it
         codes = _watch(families)
-        return _verdict(codes, {rank: folder / str(rank) for rank in range(1, world)})
+        return _verdict(codes, {rank: folder / str(rank) for rank in range(1, world)}, passed)
+
+
+def _tell(family: Family, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        if not family.ended(0):
+            os.kill(family.pid, number)
 
 
 def _watch(families: list[Family]) -> dict[int, int]:
@@ -94,8 +119,8 @@ def _watch(families: list[Family]) -> dict[int, int]:
         for rank, family in enumerate(families):
             if rank not in codes and family.ended(0):
                 codes[rank] = _code(family)
-        if any(codes.values()) and until == float("inf"):
-            until = time.monotonic() + LAST_SECONDS
+                if codes[rank]:
+                    until = min(until, time.monotonic() + _patience(codes[rank]))
         time.sleep(LOOK_SECONDS)
     return codes
 
@@ -105,19 +130,40 @@ def _code(family: Family) -> int:
     return int(family.process.returncode)
 
 
-def _verdict(codes: Mapping[int, int], words: Mapping[int, Path]) -> int:
-    """The exit code of the run. Raises RankError with the words of the rank that is why it failed."""
+def _patience(code: int) -> float:
+    """How long the others may take to end by themselves once a rank has ended with this code."""
+    return ENDING_SECONDS if code == BYSTANDER or _signal_of(code) in ENDING else LAST_SECONDS
+
+
+def _signal_of(code: int) -> int:
+    """The signal that an exit code tells of, from the kernel or from the process itself; below 1 for no signal."""
+    return -code if code < 0 else code - 128
+
+
+def _verdict(codes: Mapping[int, int], words: Mapping[int, Path], passed: Sequence[int]) -> int:
+    """The exit code of the run, to whose ranks the signals `passed` were passed on. Raises RankError with the words of
+    the rank that is why it failed."""
     if codes.get(0, BYSTANDER) not in (0, BYSTANDER) and codes[0] > 0:
         return codes[0]  # it has said why
     failed = {rank: code for rank, code in codes.items() if code not in (0, BYSTANDER)}
     if not failed:
-        if any(codes.values()):
-            raise RankError("a rank ended because another one was gone, which none says of itself")
+        if noticed := [rank for rank, code in codes.items() if code]:
+            told = next((said for rank in sorted(noticed) if (said := _last(words, rank))), "")
+            raise RankError(f"each rank that ended did so because another one was gone{told}")
         return 0
+    if passed and all(_signal_of(code) in passed for code in failed.values()):
+        return 128 + passed[0]
     rank = min(failed, key=lambda one: (failed[one] > 0, one))
+    error = RankError(f"rank {rank} {how_it_ended(failed[rank])}, and the others were ended{_last(words, rank)}")
+    if 0 < failed[rank] < 7:
+        error.exit_code = failed[rank]
+    raise error
+
+
+def _last(words: Mapping[int, Path], rank: int) -> str:
+    """What a rank said last, to be added to a message."""
     last = words[rank].read_text(errors="replace").strip().splitlines()[-TAIL:] if rank in words else []
-    said = "\n".join(["; it said last:", *last]) if last else ""
-    raise RankError(f"rank {rank} {how_it_ended(failed[rank])}, and the others were ended{said}")
+    return "\n".join(["; it said last:", *last]) if last else ""
 
 
 def this_command() -> list[str]:

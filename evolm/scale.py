@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from evolm.errors import UsageError
 from evolm.run import Run
@@ -39,12 +40,10 @@ class Scale:
 def scale_of(run: Run, folder: Path, width: int | None, depth: int | None) -> Scale | None:
     """How much larger to train: as asked for, or as in the promotion that was begun here. Raises UsageError when the
     two differ."""
-    from trainer.stages.pretrain import Stage
-
     asked = None
     if (width or 1, depth or 1) != (1, 1):
         asked = Scale(width=width or 1, depth=depth or 1, tuned_at=run.settings.fidelity.rungs[-1])
-    if Stage(folder / "pretrain").begun() is None:
+    if _begun(folder) is None:
         return asked
     file = folder / FILE
     begun = Scale(**json.loads(file.read_text())) if file.is_file() else None
@@ -55,6 +54,13 @@ def scale_of(run: Run, folder: Path, width: int | None, depth: int | None) -> Sc
         f"{folder}: holds a promotion {here}, not {other}; leave --width and --depth out to go on with it, or move the "
         "folder away to begin another"
     )
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """What winner or baseline, whichever was first, was begun with; None where neither was."""
+    from trainer.stages.pretrain import Stage
+
+    return Stage(folder / "pretrain").begun() or Stage(folder / "baseline").begun()
 
 
 def keep_scale(folder: Path, scale: Scale | None) -> None:
@@ -70,9 +76,7 @@ def keep_scale(folder: Path, scale: Scale | None) -> None:
 def length_of(run: Run, trial: Trial, folder: Path, tokens: int | None, scale: Scale | None) -> int:
     """How many tokens to train on: those asked for, or those of the promotion that was begun here. Raises UsageError
     when the two differ."""
-    from trainer.stages.pretrain import Stage
-
-    begun = Stage(folder / "pretrain").begun()
+    begun = _begun(folder)
     if begun is None:
         return tokens or _usual_length(run, trial, scale)
     if tokens not in (None, begun["tokens"]):

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from evolm.algorithms.fidelity import DEFAULT_ETA, Fidelity
+from trainer.extras import EngineName
 from trainer.metrics_log import MAX_BYTES
 from trainer.recipe import Section
 from trainer.sinks import unknown_sink
 
 Direction = Literal["min", "max"]
-EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
 
 DEFAULT_OBJECTIVES: dict[str, Direction] = {"bits_per_byte": "min", "params": "min"}
 

@@ -20,12 +20,20 @@ from search_spaces.quantities import format_count
 from trainer.cost import costs
 from trainer.data.cache import default_cache
 from trainer.data.corpus import Corpus
-from trainer.extras import missing_extra, unusable_precision
+from trainer.extras import (
+    EngineName,
+    ZeroStage,
+    missing_extra,
+    refuse_setup,
+    refuse_untrainable,
+    unusable_precision,
+)
+from trainer.place import Place
 from trainer.recipe import Recipe
 from trainer.sinks import check_sinks
 
 if TYPE_CHECKING:
-    from trainer.engines import EngineName, Ranks, ZeroStage
+    from trainer.engines import Ranks
     from trainer.records import Progress, Record
 
 TEST_BYTES = 2**20
@@ -41,6 +49,33 @@ class Trained:
     record: dict[str, Any] | None
     signal: int | None = None
     first: bool = True
+
+
+def read_trainable(
+    path: Path,
+    *,
+    tokens: int | None = None,
+    device: str = "cpu",
+    engine: EngineName | None = None,
+    world: int = 1,
+    together: bool = False,
+    offload: bool = False,
+    sinks: Sequence[str] = (),
+) -> tuple[str, Recipe, int]:
+    """Name, recipe and tokens of a recipe that can be trained so, over `world` processes, which are ranks where they
+    are `together`. Looks at no data, writes nothing and needs no torch. Raises UsageError, SpaceError."""
+    check_sinks(sinks)
+    name, recipe = load_recipe(path)
+    length = tokens or recipe.train.tokens
+    if length is None:
+        raise UsageError(f"{path}: needs `train.tokens`, or give --tokens")
+    for words in (missing_extra(recipe.train.optimizer), unusable_precision(recipe.train.precision, device)):
+        if words:
+            raise UsageError(f"{path}: {words}")
+    chosen = engine or ("ddp" if together else "single")
+    refuse_setup(chosen, world, together=together, offload=offload)
+    refuse_untrainable(recipe, chosen)
+    return name, recipe, length
 
 
 def train_recipe(
@@ -68,23 +103,25 @@ def train_recipe(
     alone locks the folder, scores and exports; the engine is then ddp when none is named. Raises UsageError,
     SpaceError, DataError, RankError, and what training raises.
     """
+    place = Place.of(os.environ)
+    name, recipe, length = read_trainable(
+        path,
+        tokens=tokens,
+        device=device,
+        engine=engine,
+        world=1 if place is None else place.world,
+        together=place is not None,
+        offload=offload,
+        sinks=sinks,
+    )
     import torch
 
     from trainer.device import usable_device
-    from trainer.engines import Place, Setup, open_ranks
+    from trainer.engines import Setup, open_ranks
     from trainer.stages.pretrain import Stage, pretrain
 
-    check_sinks(sinks)
-    name, recipe = load_recipe(path)
-    length = tokens or recipe.train.tokens
-    if length is None:
-        raise UsageError(f"{path}: needs `train.tokens`, or give --tokens")
-    place = Place.of(os.environ)
     if place is None:
         usable_device(device)
-    for words in (missing_extra(recipe.train.optimizer), unusable_precision(recipe.train.precision, device)):
-        if words:
-            raise UsageError(f"{path}: {words}")
     if threads:
         torch.set_num_threads(threads)
     places = [Path(root) for root in roots or [str(Path.cwd()), str(path.resolve().parent)]]

@@ -16,26 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolm.errors import CheckpointError, DataError, EvolmError, RankError, RankLost, Refused
-from evolm.executors.base import Job, Outcome, Tell, TrialProgress
+from evolm.executors.base import ENDED, Job, Outcome, Tell, TrialProgress
 from evolm.executors.fence import Held, fenced, storage_words
 from evolm.executors.ranked import run_over_ranks
 from evolm.run_folder import final_checkpoint, latest_checkpoint, rung_checkpoint, saves
 from fitness.loss import loss_metrics, score_domains
 from fitness.trial import Reason
 from trainer.data.corpus import Corpus
+from trainer.extras import EngineName
 from trainer.metrics_log import MAX_BYTES, MetricsLog
 from trainer.recipe import Data, Recipe
 from trainer.sinks import RunInfo, Sinks
 
 if TYPE_CHECKING:  # torch is imported when a trial runs: the process that only decides does without
-    from trainer.engines import EngineName, Ranks
+    from trainer.engines import Ranks
     from trainer.records import Progress, Record
     from trainer.telemetry import Telemetry
 
     Meet = Callable[[], AbstractContextManager[tuple[Ranks | None, str]]]
 
-NOTICED, ENDED = "another rank of this trial has gone", "ended before it could save"
-"""What ranks tell that are not why their trial came to nothing."""
+NOTICED = "another rank of this trial has gone"
+"""What a rank tells that is not why its trial came to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,10 @@ def run_recipe(job: Job, tell: Tell) -> Outcome:
     """Train and score a job's genome up to its rung, over several processes where there are to be. Never raises."""
     context = Context(**job.context)
     if context.processes > 1:
-        return run_over_ranks(run_rank, job, tell, context.processes, _noticed)
+        try:
+            return run_over_ranks(run_rank, job, tell, context.processes, _noticed)
+        except Exception as error:  # as in `_run`: ranks that cannot be started are this trial's failure alone
+            return _failed(job, error)
     return _run(job, tell, context, lambda: nullcontext((None, context.device)))
 
 
@@ -85,7 +89,7 @@ def run_rank(job: Job, tell: Tell) -> Outcome:
 
 def _noticed(outcome: Outcome) -> bool:
     """Whether an outcome is that of a rank that another one left."""
-    return outcome.message.startswith((NOTICED, ENDED))
+    return outcome.message == ENDED or outcome.message.startswith(NOTICED)
 
 
 def _run(job: Job, tell: Tell, context: Context, meet: Meet) -> Outcome:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
 from search_spaces.genome import canonical_json
 from trainer.activation_memory import activation_bytes_per_token, mask_bytes
+from trainer.extras import SHARDING, EngineName, ZeroStage
 from trainer.recipe import Recipe
 from trainer.weights import Weight, weights
 
@@ -68,7 +69,7 @@ def costs(recipe: Recipe) -> Costs:
         embedding_params=sum(tensor.size for tensor in tensors if tensor.kind in ("embedding", "head")),
         flops_per_token=3 * forward,  # the backward pass does each product twice: for the input and for the weight
         forward_flops_per_token=forward,
-        train_memory=_train_memory(recipe, params, 4 * optimizer_entries(recipe, tensors)),
+        train_memory=train_memory(recipe, tensors).total,
         kv_bytes_per_token=sum(kept),
         kv_bytes=sum(one * keys for one, keys in zip(kept, seen, strict=True)),
         checkpoint_bytes=4 * (params + optimizer_entries(recipe, tensors) + _untrained(recipe)),
@@ -117,14 +118,69 @@ SOAP_LARGEST = 10_000
 """Side of a matrix beyond which SOAP leaves it as it is; that of a vocabulary it always does."""
 
 
-def _train_memory(recipe: Recipe, params: int, optimizer: int) -> float:
-    """Bytes of one training step: weights and gradients in fp32, what the optimiser keeps, and the activations of a
-    micro-batch."""
-    size = 4 if recipe.train.precision == "fp32" else 2
-    copies = 2 * params if size == 2 else 0  # matrices are cast once per step
+@dataclass(frozen=True, kw_only=True)
+class TrainMemory:
+    """Bytes of one training step, by what they are for. `copies` are matrices in 16 bits, `gathered` what a rank has
+    whole for a while of weights and gradients that are cut over ranks, `passing` what grows with the micro-batch, and
+    the gradient of the head."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    passing: float
+    gathered: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.copies + self.passing + self.gathered
+
+
+def train_memory(recipe: Recipe, tensors: Sequence[Weight] | None = None) -> TrainMemory:
+    """What one training step takes on a single device: weights and gradients in fp32, what the optimiser keeps, and the
+    activations of a micro-batch."""
+    tensors = list(weights(recipe)) if tensors is None else tensors
+    params = sum(tensor.size for tensor in tensors)
+    size = _activation_size(recipe)
     head = 4 * recipe.data.tokenizer.vocab_size * recipe.model.d_model  # its gradient, ready before the backward pass
     activations = micro_batch_tokens(recipe) * activation_bytes_per_token(recipe, size) + mask_bytes(recipe, size)
-    return 8 * params + optimizer + copies + head + activations
+    return TrainMemory(
+        weights=4 * params,
+        gradients=4 * params,
+        optimizer=4 * optimizer_entries(recipe, tensors),
+        copies=2 * params if size == 2 else 0,  # matrices are cast once per step
+        passing=head + activations,
+    )
+
+
+def sharded_memory(
+    recipe: Recipe, engine: EngineName, world: int, *, zero_stage: ZeroStage = 2, offload: bool = False
+) -> TrainMemory:
+    """What one training step takes on each of `world` devices. fsdp and ZeRO 3 hold their part of weights, gradients
+    and optimiser, and for a while embeddings, head and two blocks whole with their gradients: the one at work and the
+    next. ZeRO 1 cuts the optimiser, 2 the gradients too, and both keep a second copy of the weights, cut, which is with
+    the optimiser (Rajbhandari et al. 2020, arXiv 1910.02054)."""
+    memory = train_memory(recipe)
+    if engine not in SHARDING or world == 1:
+        return memory
+    stage = zero_stage if engine == "deepspeed" else 3
+    optimizer = memory.optimizer + (memory.weights if engine == "deepspeed" else 0)
+    memory = replace(
+        memory,
+        optimizer=0 if engine == "deepspeed" and offload else optimizer / world,
+        gradients=memory.gradients / (world if stage > 1 else 1),
+    )
+    if stage < 3:
+        return memory
+    found = costs(recipe)
+    block = (found.params - found.embedding_params) / recipe.model.n_layers
+    gathered = 8 * found.embedding_params + 2 * (_activation_size(recipe) + 4) * block
+    return replace(memory, weights=memory.weights / world, copies=memory.copies / world, gathered=gathered)
+
+
+def _activation_size(recipe: Recipe) -> int:
+    return 4 if recipe.train.precision == "fp32" else 2
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:

@@ -107,7 +107,10 @@ class _Run:
     ) -> None:
         self.recipe, self.corpus, self.horizon, self.seed = recipe, corpus, horizon, seed
         self.checkpoints, self.device, self.teacher = checkpoints, device, teacher
-        self.ranks, self.engine = setup.ranks, build_engine(recipe, seed, device, setup, teacher)
+        self.ranks = setup.ranks
+        # Before the engine takes what the prediction counts.
+        self.micro, self.oom_backoffs = self.ranks.least(micro_batch(recipe, device, setup)), 0
+        self.engine = build_engine(recipe, seed, device, setup, teacher)
         self.loader: Loader = corpus.loader(seed)
         self.meter = Meter(self.loader, device, self.engine.model)
         self.average = Average(self.engine.model, recipe.train.ema) if recipe.train.ema else None
@@ -119,7 +122,6 @@ class _Run:
         self.flops_per_token = {phase.length: self.price(phase.length) for phase in horizon.sequences}
         self.samples = self.first_sample = 0
         self.flops_before = self.seconds_before = 0.0
-        self.micro, self.oom_backoffs = self.ranks.least(micro_batch(recipe, device)), 0
         self.seen = math.nan, math.nan  # loss and gradient norm when they were last looked at
         self.started = self.saved = time.perf_counter()
 

@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer.cost import costs, micro_batch_tokens
+from trainer.cost import micro_batch_tokens, sharded_memory
+from trainer.engines import Setup
 from trainer.model import EvolmForCausalLM
 from trainer.recipe import Recipe
 
@@ -18,30 +19,36 @@ USABLE = 0.8
 kernels and holes between tensors."""
 
 
-def micro_batch(recipe: Recipe, device: torch.device) -> int:
-    """Sequences of one forward pass: as the recipe says; on a GPU what its free memory holds, a batch halved as often
-    as it takes; on a CPU some thousand tokens, which are faster there than more."""
+def micro_batch(recipe: Recipe, device: torch.device, setup: Setup | None = None) -> int:
+    """Sequences of one forward pass: as the recipe says; on a GPU what its free memory holds beside this rank's part of
+    the model, a batch halved as often as it takes; on a CPU some thousand tokens, which are faster there than more."""
     length = recipe.data.sequence_length
     if recipe.train.micro_batch_tokens is not None or device.type != "cuda":
         return micro_batch_tokens(recipe) // length
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return largest_micro_batch(recipe, USABLE * (free + cached))
+    return largest_micro_batch(recipe, USABLE * (free + cached), setup)
 
 
-def largest_micro_batch(recipe: Recipe, budget: float) -> int:
-    """The sequences of one forward pass with which a training step is predicted to take at most `budget` bytes; one
-    where none does."""
+def largest_micro_batch(recipe: Recipe, budget: float, setup: Setup | None = None) -> int:
+    """The sequences of one forward pass with which a training step is predicted to take at most `budget` bytes of each
+    device of a setup; one where none does."""
     length = recipe.data.sequence_length
     sequences = max(1, recipe.train.batch_tokens // length)
-    while sequences > 1 and _predicted(recipe, sequences * length) > budget:
+    while sequences > 1 and _predicted(recipe, sequences * length, setup or Setup()) > budget:
         sequences = -(-sequences // 2)
     return sequences
 
 
-def _predicted(recipe: Recipe, tokens: int) -> float:
+def _predicted(recipe: Recipe, tokens: int, setup: Setup) -> float:
     train = recipe.train.model_copy(update={"micro_batch_tokens": tokens})
-    return costs(recipe.model_copy(update={"train": train})).train_memory
+    return sharded_memory(
+        recipe.model_copy(update={"train": train}),
+        setup.engine,
+        setup.ranks.world,
+        zero_stage=setup.zero_stage,
+        offload=setup.offload,
+    ).total
 
 
 def recompute_blocks(model: EvolmForCausalLM) -> None:

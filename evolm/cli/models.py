@@ -14,9 +14,7 @@ from evolm.cli.searching import Cache, Run, seed_option
 
 if TYPE_CHECKING:
     from evolm.promote import Promotion
-    from trainer.engines import EngineName, ZeroStage
-
-ENGINES = ("single", "ddp", "fsdp", "deepspeed")
+    from trainer.extras import EngineName, ZeroStage
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -158,7 +156,7 @@ def train(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that train together on this machine, one for each GPU.")
     ] = None,
-    zero_stage: Annotated[int, typer.Option(min=1, max=3, help="What deepspeed cuts over the processes.")] = 2,
+    zero_stage: Annotated[int, typer.Option(help="What deepspeed cuts over the processes: 1, 2 or 3.")] = 2,
     offload: Annotated[
         bool, typer.Option("--offload", help="Optimiser state in the CPU's memory (deepspeed).")
     ] = False,
@@ -180,36 +178,51 @@ def train(
     """
     from evolm.config import load_recipe
     from evolm.errors import RankLost
-    from evolm.ranks import BYSTANDER, LAUNCHER, end_with_launcher, run_ranks, this_command
+    from evolm.ranks import BYSTANDER, LAUNCHER, check_devices, end_with_launcher, run_ranks, this_command
     from evolm.run_folder import RUNS
-    from evolm.training import train_recipe
+    from evolm.training import read_trainable, train_recipe
 
-    _check_engine(engine, processes, zero_stage, offload)
-    if processes is not None and "RANK" not in os.environ:
-        raise typer.Exit(run_ranks(this_command(), processes))
-    end_with_launcher()
+    _check_engine(engine, zero_stage, offload)
     name, read = load_recipe(recipe)
+    length, weights, chosen = _tokens(tokens), _weights(target, read.data.sources), cast("EngineName | None", engine)
+    sinks = list(dict.fromkeys(sink or []))
+    if processes is not None and "RANK" not in os.environ:
+        read_trainable(
+            recipe,
+            tokens=length,
+            device=device,
+            engine=chosen,
+            world=processes,
+            together=True,
+            offload=offload,
+            sinks=sinks,
+        )
+        check_devices(device, processes)
+        raise typer.Exit(run_ranks(this_command(), processes))
+    _check_rank(processes)
+    end_with_launcher()
     folder = out or RUNS / name
     try:
         done = train_recipe(
             recipe,
             folder,
-            tokens=_tokens(tokens),
+            tokens=length,
             seed=seed,
             device=device,
             threads=threads,
             cache=cache,
             roots=root,
-            target=_weights(target, read.data.sources),
+            target=weights,
             test=test,
             export=export,
-            engine=cast("EngineName | None", engine),
+            engine=chosen,
             zero_stage=cast("ZeroStage", zero_stage),
             offload=offload,
-            sinks=list(dict.fromkeys(sink or [])),
+            sinks=sinks,
         )
-    except RankLost:
+    except RankLost as error:
         if LAUNCHER in os.environ:
+            typer.echo(f"error: {error}", err=True)
             raise typer.Exit(BYSTANDER) from None
         raise
     if done.record is None:
@@ -223,17 +236,32 @@ def train(
         typer.echo(f"exported as {done.record['export']['class']}: {done.record['export']['folder']}")
 
 
-def _check_engine(engine: str | None, processes: int | None, zero_stage: int, offload: bool) -> None:
-    """Raises UsageError for flags that do not go together, before any process is started."""
+def _check_engine(engine: str | None, zero_stage: int, offload: bool) -> None:
+    """Raises UsageError for flags that do not go together."""
     from evolm.errors import UsageError
+    from trainer.extras import ENGINES, ZERO_STAGES
 
+    if zero_stage not in ZERO_STAGES:
+        raise UsageError(f"--zero-stage must be one of {', '.join(map(str, ZERO_STAGES))}, is {zero_stage}")
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, is '{engine}'")
-    if engine == "single" and processes is not None and processes > 1:
-        raise UsageError(f"--engine single trains in one process, not {processes}; take ddp, fsdp or deepspeed")
     for flag, given in (("--zero-stage", zero_stage != 2), ("--offload", offload)):
         if given and engine != "deepspeed":
             raise UsageError(f"{flag} is for --engine deepspeed")
+
+
+def _check_rank(processes: int | None) -> None:
+    """Raises UsageError where this process was made one of several ranks by somebody else, and --processes asks for
+    another number of them."""
+    from evolm.errors import UsageError
+    from evolm.ranks import LAUNCHER
+
+    world = os.environ.get("WORLD_SIZE", "1")
+    if processes is not None and LAUNCHER not in os.environ and world != str(processes):
+        raise UsageError(
+            f"--processes {processes}: the environment has made this process rank {os.environ['RANK']} of {world} "
+            "(RANK, WORLD_SIZE); leave --processes out to train as that rank, or unset both to start ranks here"
+        )
 
 
 def generate(

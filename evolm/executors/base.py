@@ -12,6 +12,9 @@ from typing import Any, Literal, Protocol, Self
 from fitness.trial import Reason
 from search_spaces.genome import Values
 
+ENDED = "ended before it could save"
+"""What is told of a job that was cancelled."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from evolm.executors.base import Job, Limits, Outcome, Runner, TrialProgress
+from evolm.executors.base import ENDED, Job, Limits, Outcome, Runner, TrialProgress
 from evolm.executors.limits import Watch
 from evolm.executors.processes import (
     Family,
@@ -145,7 +145,7 @@ class Cell:
                 stopped = True
             broken = watch.broken()
             if self._cancel == job.lease:
-                broken = ("interrupted", "ended before it could save")
+                broken = ("interrupted", ENDED)
             if broken is not None:
                 self._renew()
                 return job.failed(*broken)

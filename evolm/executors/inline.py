@@ -11,7 +11,7 @@ import socket
 import time
 from typing import Any
 
-from evolm.executors.base import Job, Outcome, Runner, Tell, TrialProgress
+from evolm.executors.base import ENDED, Job, Outcome, Runner, Tell, TrialProgress
 
 
 class _Cancelled(BaseException):
@@ -54,7 +54,7 @@ class InlineExecutor:
             return [self._runner(job, self._tell)]
         except _Cancelled:
             spent = time.monotonic() - began
-            return [job.failed("interrupted", "ended before it could save", seconds=spent)]
+            return [job.failed("interrupted", ENDED, seconds=spent)]
         finally:
             self._inside = False
             self._job = None

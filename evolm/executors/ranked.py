@@ -15,11 +15,15 @@ from dataclasses import replace
 from evolm.executors.base import Job, Limits, Outcome, Runner, Tell
 from evolm.executors.cell import Cell, name_of
 from evolm.ranks import free_port, rank_environment
+from trainer.sinks import FLUSH_SECONDS
 
 LOOK_SECONDS = 0.05
 
 LAST_SECONDS = 5.0
 """How long the other ranks may take to end by themselves once one has come to nothing."""
+
+SINK_SECONDS = FLUSH_SECONDS + 5.0
+"""The same once one was stopped, or noticed that another one had gone: the first rank may be waiting for its sinks."""
 
 Blames = Callable[[Outcome], bool]
 """Whether an outcome is of a rank that only noticed that another one had gone."""
@@ -38,30 +42,41 @@ def run_over_ranks(runner: Runner, job: Job, tell: Tell, world: int, blames: Bla
             stack.callback(cell.close)
 
         def run(rank: int) -> None:
-            outcomes[rank] = cells[rank].run(alone)
+            try:
+                outcomes[rank] = cells[rank].run(alone)
+            except Exception as error:  # in a thread, nobody else would hear of it
+                outcomes[rank] = alone.failed("crashed", f"{type(error).__name__}: {error}")
 
         threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
         for thread in threads:
             thread.start()
-        _watch(cells, threads, outcomes, job, tell)
+        _watch(cells, threads, outcomes, job, tell, blames)
         for thread in threads:
             thread.join()
     return _verdict(outcomes, blames)
 
 
 def _watch(
-    cells: list[Cell], threads: list[threading.Thread], outcomes: dict[int, Outcome], job: Job, tell: Tell
+    cells: list[Cell],
+    threads: list[threading.Thread],
+    outcomes: dict[int, Outcome],
+    job: Job,
+    tell: Tell,
+    blames: Blames,
 ) -> None:
     """Pass the first rank's progress on, and requests to stop to all; once a rank has come to nothing, end the rest."""
-    until, stopped = float("inf"), False
+    until, stopped, ended = float("inf"), False, set[int]()
     while any(thread.is_alive() for thread in threads):
         progress = cells[0].progress
         if progress is not None and not tell(progress) and not stopped:
             stopped = True
             for cell in cells:
                 cell.stop(job.lease)
-        if until == float("inf") and any(outcome.kind != "result" for outcome in list(outcomes.values())):
-            until = time.monotonic() + LAST_SECONDS
+        for rank, outcome in list(outcomes.items()):
+            if outcome.kind != "result" and rank not in ended:
+                ended.add(rank)
+                innocent = outcome.reason == "interrupted" or blames(outcome)
+                until = min(until, time.monotonic() + (SINK_SECONDS if innocent else LAST_SECONDS))
         if time.monotonic() > until:
             for cell in cells:
                 cell.cancel(job.lease)

@@ -68,6 +68,85 @@ def test_a_killed_rank_is_told_of_and_not_those_that_noticed():
         ranks_of(f"os.kill(os.getpid(), 9) if rank == '1' else (time.sleep(0.1), sys.exit({BYSTANDER}))")
 
 
+def test_the_error_of_a_rank_keeps_its_exit_code():
+    with pytest.raises(RankError, match="rank 1 ended with exit code 2") as told:
+        ranks_of(f"sys.exit(2 if rank == '1' else {BYSTANDER})")
+    assert told.value.exit_code == 2
+
+
+def test_when_all_only_noticed_one_is_heard():
+    with pytest.raises(RankError, match=r"another one was gone; it said last:\nNCCL$"):
+        ranks_of(f"print('NCCL'); sys.exit({BYSTANDER})")
+
+
+def signalled(source, number, monkeypatch, **waits):
+    """The exit code of ranks whose launcher, this process, is sent a signal once both have begun."""
+    for name, seconds in waits.items():
+        monkeypatch.setattr(f"evolm.ranks.{name}", seconds)
+    launcher = f"import time; os.kill({os.getpid()}, {int(number)}) if rank == '1' else None\n"
+    return ranks_of(source.replace("BEGUN", launcher))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
+def test_ranks_that_cannot_save_yet_end_by_the_signal_that_was_passed_on(monkeypatch, number, code):
+    source = f"import signal; signal.signal({int(signal.SIGINT)}, signal.SIG_DFL)\nBEGUN\ntime.sleep(60)"
+    assert signalled(source, number, monkeypatch) == code
+
+
+def test_a_rank_that_ends_by_a_signal_may_take_its_time(monkeypatch):
+    """The first one lets its sinks end; the other one has gone long before."""
+    handle = "import signal; signal.signal(15, lambda *_: (time.sleep(0.4 * (rank == '0')), sys.exit(143)))\n"
+    slow = "time.sleep(0.5)\n"  # so that the first one listens
+    source = handle + "if rank == '1':\n " + slow + " BEGUN\ntime.sleep(60)"
+    assert signalled(source, signal.SIGTERM, monkeypatch, LAST_SECONDS=0.05) == 143
+
+
+def test_more_processes_than_gpus_are_refused_before_any_is_started(evolm, recipe_file, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("evolm.ranks.run_ranks", lambda command, world: world)
+    for device, processes, words in (
+        ("cuda", 4, "and this machine has 3"),
+        ("cuda:1", 2, "is one GPU"),
+        ("cuda", 3, ""),
+    ):
+        said = evolm("train", recipe_file, "--tokens", 1000, "--device", device, "--processes", processes)
+        assert (said.code, words in said.err) == (2 if words else processes, True)
+
+
+@pytest.mark.parametrize(("world", "processes"), [("1", 2), ("2", 3)])
+def test_processes_are_not_ignored_by_a_rank_of_somebody_else(evolm, recipe_file, monkeypatch, world, processes):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", world)
+    said = evolm("train", recipe_file, "--tokens", 1000, "--processes", processes)
+    assert said.code == 2
+    assert f"--processes {processes}: the environment has made this process rank 0 of {world}" in said.err
+
+
+def test_bad_input_is_told_before_torch_is_there_and_before_anything_is_written(recipe_file, tmp_path):
+    """A sink, an engine and a recipe that cannot be used, with ranks of our own and without."""
+    muon = tmp_path / "muon.yaml"
+    muon.write_text(recipe_file.read_text().replace("train: {", "train: {optimizer: muon, "))
+    cases = [
+        (recipe_file, ["--tokens", "1000", "--sink", "tensorbord"], "did you mean 'tensorboard'"),
+        (recipe_file, [], "needs `train.tokens`"),
+        (recipe_file, ["--tokens", "1000", "--engine", "fsdp"], "--engine fsdp needs ranks"),
+        (muon, ["--tokens", "1000", "--engine", "fsdp", "--processes", "2"], "trains with adamw; muon"),
+    ]
+    source = (
+        "import json, sys\nfrom evolm.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        " sys.argv = ['evolm', 'train', *words]\n"
+        " try: main()\n"
+        " except SystemExit as ended: print(ended.code, 'torch' in sys.modules)\n"
+    )
+    out = tmp_path / "out"
+    words = [[str(path), *flags, "--out", str(out)] for path, flags, _ in cases]
+    done = subprocess.run([sys.executable, "-c", source, json.dumps(words)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2 False"] * len(cases), done.stderr
+    assert all(told in done.stderr for *_, told in cases), done.stderr
+    assert not out.exists()
+
+
 def test_what_the_first_rank_says_itself_is_not_said_again():
     assert ranks_of("sys.exit(2)") == 2
 

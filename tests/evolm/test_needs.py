@@ -109,3 +109,46 @@ def test_rungs_that_train_anew_are_told(evolm, space_file: Path, line: str, told
     assert retrained(load_space(space_file)) == told
     said = evolm("validate", space_file, "--draws", "10")
     assert said.code == 0 and ("each of the 2 rungs trains anew" in said.out) == bool(told)
+
+
+FSDP, DEEPSPEED = "{processes: 2, engine: fsdp}", "{processes: 2, engine: deepspeed}"
+
+
+@pytest.mark.parametrize(
+    ("resources", "line", "words"),
+    [
+        (FSDP, "optimizer: {choice: [muon, adafactor]}", ["trains with adamw; muon", "trains with adamw; adafactor"]),
+        (FSDP, "optimizer: {choice: [adamw, muon], baseline: adamw}", ["trains with adamw; muon"]),
+        (FSDP, "compile: always", ["engine fsdp does not compile blocks"]),
+        (FSDP, "ema: 0.99", []),
+        (FSDP, "optimizer: {expr: \"'muon'\"}", ["trains with adamw; muon"]),
+        (DEEPSPEED, "ema: {float: [0, 0.99], step: 0.33, baseline: 0}", ["no train.ema, which is 0.99"]),
+        (DEEPSPEED, "skip_spikes: {choice: [0, 4]}", ["no train.skip_spikes, which is 4"]),
+        (DEEPSPEED, 'ema: {expr: "0.9"}', ["no train.ema, which is 0.9"]),
+        (DEEPSPEED, "ema: 0", []),
+        ("{processes: 2}", "optimizer: muon", []),
+    ],
+)
+def test_what_the_engine_cannot_train_is_told_at_its_line(
+    space_file: Path, resources: str, line: str, words: list[str]
+) -> None:
+    with_train(space_file, line)
+    space_file.write_text(space_file.read_text() + f"resources: {resources}\n")
+    if not words:
+        refuse_unmet(load_space(space_file))
+        return
+    file = load_space(space_file)
+    with pytest.raises(SpaceError) as told:
+        refuse_unmet(file)
+    rules = [problem.rule for problem in told.value.problems]
+    assert len(rules) == len(words) and all(word in rule for word, rule in zip(words, rules, strict=True)), rules
+    number = 1 + space_file.read_text().splitlines().index(f"  {line}")
+    assert {problem.line for problem in told.value.problems} == {number}
+
+
+def test_fp16_is_not_for_fsdp(space_file: Path) -> None:
+    with_train(space_file, "precision: {choice: [bf16, fp16]}")
+    space_file.write_text(space_file.read_text() + "resources: {gpus: 2, engine: fsdp}\n")
+    with pytest.raises(SpaceError, match="engine fsdp trains in fp32 or bf16") as told:
+        refuse_unmet(load_space(space_file))
+    assert len(told.value.problems) == 1

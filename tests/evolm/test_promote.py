@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 import evolm as package
 from evolm.errors import DataError, GateError
-from evolm.promote import promote
+from evolm.promote import _train_all, promote
 from evolm.run_folder import RunFolder
 from trainer.recipe import Recipe
 from trainer.scaling import scaling_params
@@ -93,6 +94,49 @@ def test_another_length_needs_another_folder(promoted: Path, evolm) -> None:
 
 def record(loss: float) -> dict[str, Any]:
     return {"test": {"bits_per_byte": loss}, "params": 1}
+
+
+@pytest.mark.parametrize(
+    ("resources", "side_by_side", "flags"),
+    [
+        ({}, True, []),
+        ({"gpus": 1.0}, False, []),
+        ({"processes": 2, "engine": "fsdp"}, False, ["--processes", "2", "--engine", "fsdp"]),
+        ({"gpus": 4.0, "engine": "deepspeed"}, False, ["--processes", "4", "--engine", "deepspeed"]),
+    ],
+)
+def test_a_promotion_trains_over_as_many_processes_as_a_trial(
+    run: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, Any], side_by_side: bool, flags: list[str]
+) -> None:
+    loaded, commands, waits = package.load(run), [], []
+    loaded = dataclasses.replace(loaded, settings=dataclasses.replace(loaded.settings, **resources))
+    monkeypatch.setattr("evolm.promote.os.cpu_count", lambda: 8)
+    monkeypatch.setattr("evolm.promote.subprocess.Popen", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("evolm.promote._wait", lambda processes, *_: waits.append(len(processes)))
+    recipes = {name: loaded.trial("2").genome for name in ("pretrain", "baseline")}
+    for name in recipes:
+        (run / name).mkdir()
+        (run / name / "record.json").write_text("{}")
+    _train_all(loaded, recipes, run, 1000, run, lambda text: None)
+    assert waits == ([2] if side_by_side else [1, 1])
+    for command in commands:
+        words = command[command.index("--no-export") + 1 :]
+        assert [word for word in words if word in flags or word in ("--processes", "--engine")] == flags
+        threads = int(command[command.index("--threads") + 1])
+        assert threads * (2 if side_by_side else loaded.settings.ranks) == 8
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "baseline"])
+def test_a_promotion_is_begun_once_either_stage_is(run: Path, evolm, stage: str) -> None:
+    folder = run / "promoted/2"
+    (folder / stage).mkdir(parents=True)
+    (folder / stage / "recipe.json").write_text('{"recipe": {}, "tokens": 1000, "seed": 0}')
+    (folder / "scale.json").write_text('{"width": 2, "depth": 1, "tuned_at": 2048}')
+    said = evolm("promote", run, "2", "--width", "3")
+    assert said.code == 2 and "holds a promotion at 2 times the width" in said.err
+    assert json.loads((folder / "scale.json").read_text())["width"] == 2
+    said = evolm("promote", run, "2", "--tokens", "2K")
+    assert said.code == 2 and "holds a promotion on 1,000 tokens, not 2,000" in said.err
 
 
 def test_a_winner_that_is_not_ahead_is_not_exported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

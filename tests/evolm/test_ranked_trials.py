@@ -8,6 +8,7 @@ import pytest
 from evolm.executors.base import Job
 from evolm.executors.ranked import run_over_ranks
 from evolm.launch import start
+from evolm.worker import run_recipe
 
 
 def a_job(**more):
@@ -28,7 +29,9 @@ def in_its_place(job, tell):
         os._exit(9)
     if deed == "notice":
         time.sleep(0.1)
-        return job.failed("lost", "noticed")
+        return job.failed("lost", "noticed", flops=3.0, seconds=1.0)
+    if deed == "stop":
+        return job.failed("interrupted", "stopped and saved")
     if deed == "wait":
         time.sleep(60)
     return job.told({"rank": float(rank)}, flops=2.0, seconds=1.0)
@@ -58,6 +61,43 @@ def test_the_rank_that_died_is_told_of_and_the_others_are_ended(monkeypatch, fir
     assert outcome.message == "rank 1: its process ended with exit code 9"
     assert time.monotonic() - begun < 30
     assert not [one for one in psutil.Process().children(recursive=True) if "evolm.executors.cell" in one.cmdline()]
+
+
+def test_a_rank_that_was_stopped_lets_the_first_one_finish(monkeypatch):
+    """The second one has saved and ended; the first one is waiting for its sinks."""
+    monkeypatch.setattr("evolm.executors.ranked.LAST_SECONDS", 0.0)
+    outcome = over_ranks({"0": "notice", "1": "stop"})
+    assert (outcome.reason, outcome.message) == ("interrupted", "rank 1: stopped and saved")
+    assert outcome.flops == 3.0  # what the first one told itself
+
+
+def no_cell(*args, **options):
+    raise OSError(11, "no more processes")
+
+
+class Lost:
+    """A cell that cannot be spoken to."""
+
+    progress = None
+
+    def __init__(self, *args, **options):
+        pass
+
+    run = no_cell
+
+    def cancel(self, lease):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("cell", [no_cell, Lost], ids=["not started", "not spoken to"])
+def test_ranks_that_cannot_be_had_are_a_failure_of_their_trial_alone(monkeypatch, tmp_path, cell):
+    monkeypatch.setattr("evolm.executors.ranked.Cell", cell)
+    context = {"cache": "", "roots": [], "documents": {}, "target": None, "processes": 2}
+    outcome = run_recipe(a_job(context=context, folder=str(tmp_path)), lambda progress: True)
+    assert (outcome.kind, outcome.reason, "no more processes" in outcome.message) == ("fail", "crashed", True)
 
 
 RESOURCES = "resources: {{cpus: 1, processes: 2{more}}}\n"
@@ -91,3 +131,13 @@ def test_resources_that_do_not_go_together_are_refused(evolm, space_file, resour
     said = evolm("validate", space_file)
     assert said.code == 2
     assert words in said.err
+
+
+@pytest.mark.parametrize(("key", "value"), [("processes", "2"), ("engine", "ddp")])
+def test_another_trainer_starts_its_own_processes(evolm, tmp_path, key, value):
+    path = tmp_path / "s.yaml"
+    lines = ["version: 1", "trial: {command: [python]}", "train: {x: {float: [0, 1]}}", "objectives: {loss: min}"]
+    path.write_text("\n".join([*lines, "fidelity: {tokens: 1K}", f"resources: {{gpus: 2, {key}: {value}}}\n"]))
+    said = evolm("validate", path)
+    assert said.code == 2
+    assert f"{path}:6:" in said.err and f"resources.{key}: is about evolm's own trainer" in said.err

@@ -17,7 +17,15 @@ from transformers.cache_utils import DynamicCache
 import trainer
 from trainer.activation_memory import activation_bytes_per_token, mask_bytes
 from trainer.checkpoint import RunState, save_checkpoint
-from trainer.cost import MICRO_BATCH_TOKENS, NAMES, costs, exact_functions, micro_batch_tokens
+from trainer.cost import (
+    MICRO_BATCH_TOKENS,
+    NAMES,
+    costs,
+    exact_functions,
+    micro_batch_tokens,
+    sharded_memory,
+    train_memory,
+)
 from trainer.model import build_model
 from trainer.model.modeling_evolm import EvolmExperts
 from trainer.objective import training_loss
@@ -192,6 +200,34 @@ def test_training_memory_is_state_head_gradient_and_the_activations_of_a_micro_b
     params = costs(recipe).params
     expected = 16 * params + head_gradient(recipe) + 64 * activation_bytes_per_token(recipe, 4)
     assert costs(recipe).train_memory == expected
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize(
+    ("engine", "stage", "offload", "whole", "cut"),
+    [
+        ("ddp", 2, False, 16, 0),
+        ("fsdp", 2, False, 0, 16),
+        ("deepspeed", 1, False, 8, 12),  # and a copy of the weights
+        ("deepspeed", 2, False, 4, 16),
+        ("deepspeed", 3, False, 0, 20),
+        ("deepspeed", 2, True, 4, 4),
+    ],
+)
+def test_what_is_cut_over_ranks_takes_its_part_of_each(recipe_of, engine, stage, offload, whole, cut, world):
+    """Bytes of each parameter, for AdamW in fp32; blocks that are gathered come on top."""
+    recipe = recipe_of()
+    alone, found = (
+        sharded_memory(recipe, name, world, zero_stage=stage, offload=offload) for name in ("single", engine)
+    )
+    if world == 1:
+        assert found == alone == train_memory(recipe)
+        return
+    assert alone.total == costs(recipe).train_memory
+    held = found.total - found.gathered - found.passing
+    assert held == pytest.approx(costs(recipe).params * (whole + cut / world))
+    assert found.passing == alone.passing
+    assert (found.gathered > 0) == (whole == 0)
 
 
 def test_smaller_micro_batches_and_bf16_need_less_memory(recipe_of):

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from search_spaces.errors import UsageError
 from trainer.checkpoint import read_state
 from trainer.engines import Setup
-from trainer.engines.base import refuse_uncuttable
-from trainer.engines.deepspeed import refuse
+from trainer.extras import refuse_untrainable
 from trainer.loop import train
 from trainer.records import Checkpoints
 
@@ -218,20 +217,22 @@ def test_nobody_says_anything(world):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer": "muon"}, "--engine fsdp cuts matrices over the ranks and trains with adamw; muon needs them"),
-        ({"precision": "fp16"}, "--engine fsdp trains in fp32 or bf16"),
-        ({"compile": "always"}, "--engine fsdp does not compile blocks"),
+        ({"optimizer": "muon"}, "engine fsdp cuts matrices over the ranks and trains with adamw; muon needs them"),
+        ({"precision": "fp16"}, "engine fsdp trains in fp32 or bf16"),
+        ({"compile": "always"}, "engine fsdp does not compile blocks"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(recipe_of, changes, words):
     with pytest.raises(UsageError, match=words):
-        refuse_uncuttable(recipe_of(train=changes), "fsdp")
+        refuse_untrainable(recipe_of(train=changes), "fsdp")
+    refuse_untrainable(recipe_of(train=changes), "ddp")
 
 
 @pytest.mark.parametrize("field", ["ema", "skip_spikes"])
 def test_what_deepspeed_has_not_is_refused(recipe_of, field):
-    with pytest.raises(UsageError, match=rf"--engine deepspeed has no train\.{field}"):
-        refuse(recipe_of(train={field: 0.5}))
+    with pytest.raises(UsageError, match=rf"engine deepspeed has no train\.{field}, which is 0\.5"):
+        refuse_untrainable(recipe_of(train={field: 0.5}), "deepspeed")
+    refuse_untrainable(recipe_of(train={field: 0.5}), "fsdp")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Guards memory: a micro-batch that is predicted to fit, one that is halved where it does not, and blocks that are run
 twice. None of it may change what is learned."""
 
+import functools
 import itertools
 import json
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from trainer.checkpoint import read_state
-from trainer.cost import costs
+from trainer.cost import costs, train_memory
+from trainer.engines import Ranks, Setup, build_engine
 from trainer.loop import train
 from trainer.memory import largest_micro_batch, micro_batch, out_of_memory, recompute_blocks
 from trainer.model import build_model
@@ -60,6 +62,25 @@ def test_the_largest_that_fits_is_taken_and_a_batch_is_enough(recipe_of):
     assert largest_micro_batch(recipe, needs(256) - 1) == 128
     assert largest_micro_batch(recipe, needs(16)) == 16
     assert largest_micro_batch(recipe, 1.0) == 1
+
+
+def test_room_is_looked_for_before_the_model_takes_it(recipe_of, corpus, monkeypatch):
+    """What the model takes is in the prediction: free memory without it would count it twice."""
+    order = []
+    for name, does in (("micro_batch", micro_batch), ("build_engine", build_engine)):
+        noted = functools.partial(lambda name, does, *args: order.append(name) or does(*args), name, does)
+        monkeypatch.setattr(f"trainer.loop.{name}", noted)
+    train(recipe_of(), corpus=corpus, tokens=STEP)
+    assert order == ["micro_batch", "build_engine"]
+
+
+def test_ranks_that_share_a_model_have_room_for_more(recipe_of):
+    """Devices that hold the model of one process and a single sequence."""
+    recipe = recipe_of(model={"n_layers": 24}, train={"batch_tokens": 8192})
+    room = train_memory(recipe_of(model={"n_layers": 24}, train={"micro_batch_tokens": 32})).total
+    fsdp, ddp = (Setup(engine=engine, ranks=Ranks(0, 8)) for engine in ("fsdp", "ddp"))
+    assert largest_micro_batch(recipe, room) == largest_micro_batch(recipe, room, ddp) == 1
+    assert largest_micro_batch(recipe, room, fsdp) > 1
 
 
 @pytest.mark.parametrize(

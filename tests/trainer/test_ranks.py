@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_spaces.errors import UsageError
-from trainer.engines import ALONE, Place, Ranks, open_ranks
+from trainer.engines import ALONE, Ranks, open_ranks
 from trainer.engines.ranks import lost_peer
 from trainer.engines.shares import passes
 from trainer.errors import RankError, RankLost
+from trainer.place import Place
 
 
 @pytest.fixture

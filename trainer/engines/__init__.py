@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from search_spaces.errors import UsageError
 from trainer.distillation import Teacher
-from trainer.engines.base import ENGINES, Engine, EngineName, Setup, ZeroStage
-from trainer.engines.ranks import ALONE, Place, Ranks, open_ranks
+from trainer.engines.base import Engine, Setup
+from trainer.engines.ranks import ALONE, Ranks, open_ranks
 from trainer.engines.single import Single
+from trainer.extras import refuse_setup, refuse_untrainable
 from trainer.recipe import Recipe
 
 
@@ -20,14 +20,10 @@ def build_engine(
 ) -> Engine:
     """The engine of a setup, with the recipe's model and the initial weights of `seed`. Raises UsageError for what it
     cannot train."""
-    if setup.offload and setup.engine != "deepspeed":
-        raise UsageError(f"--offload is for --engine deepspeed, not {setup.engine}")
+    refuse_setup(setup.engine, setup.ranks.world, together=setup.ranks.together, offload=setup.offload)
+    refuse_untrainable(recipe, setup.engine)
     if setup.engine == "single":
-        if setup.ranks.world > 1:
-            raise UsageError(f"--engine single trains in one process, not {setup.ranks.world}; ddp and fsdp in many")
         return Single(recipe, seed, device, setup, teacher)
-    if not setup.ranks.together:
-        raise UsageError(f"--engine {setup.engine} needs ranks: give --processes, or start it by torchrun")
     if setup.engine == "ddp":
         from trainer.engines.ddp import DDP
 
@@ -43,13 +39,9 @@ def build_engine(
 
 __all__ = [
     "ALONE",
-    "ENGINES",
     "Engine",
-    "EngineName",
-    "Place",
     "Ranks",
     "Setup",
-    "ZeroStage",
     "build_engine",
     "open_ranks",
 ]

@@ -11,28 +11,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from search_spaces.errors import UsageError
 from trainer.averaging import Average
 from trainer.checkpoint import Content
 from trainer.distillation import Teacher
 from trainer.engines.ranks import ALONE, Ranks
+from trainer.extras import EngineName, ZeroStage
 from trainer.model import EvolmForCausalLM
 from trainer.objective import Losses, training_loss
 from trainer.optim import Optimizer
 from trainer.recipe import Recipe
-
-EngineName = Literal["single", "ddp", "fsdp", "deepspeed"]
-ENGINES: tuple[EngineName, ...] = ("single", "ddp", "fsdp", "deepspeed")
-
-ZeroStage = Literal[1, 2, 3]
-
-CUTTING_OPTIMIZERS = ("adamw",)
-"""Those that treat every weight by itself and so do not mind where a matrix is cut, and are shown to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +51,7 @@ class Engine(Protocol):
     """Whether its blocks can be compiled."""
 
     norms: Mapping[str, torch.Tensor]
-    """The norm that the gradient of each kind of parameter had when it was last cut; empty where that is not known."""
+    """The norm of each kind of parameter's gradient when it was last clipped; empty where that is not known."""
 
     def forward(self, batch: torch.Tensor, *, last: bool, length: int | None = None) -> Losses:
         """`training_loss` of token ids (B, T+1); `last` says that this is the step's last pass."""
@@ -68,7 +60,7 @@ class Engine(Protocol):
         """Add the gradient of this rank's loss to that of the step, which is summed over ranks."""
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Cut the gradient to a norm of `limit`; returns the norm that it had."""
+        """Clip the gradient to a norm of `limit`; returns the norm that it had."""
 
     def update(self) -> None:
         """One optimiser step."""
@@ -103,17 +95,3 @@ def uncounted(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
-
-
-def refuse_uncuttable(recipe: Recipe, engine: str) -> None:
-    """Raises UsageError for what an engine that cuts matrices over ranks cannot train."""
-    train = recipe.train
-    if train.optimizer not in CUTTING_OPTIMIZERS:
-        raise UsageError(
-            f"--engine {engine} cuts matrices over the ranks and trains with {' or '.join(CUTTING_OPTIMIZERS)}; "
-            f"{train.optimizer} needs them whole or is not shown to be the same, take --engine ddp"
-        )
-    if train.precision == "fp16":
-        raise UsageError(f"--engine {engine} trains in fp32 or bf16; for fp16 take --engine single or ddp")
-    if train.compile == "always":
-        raise UsageError(f"--engine {engine} does not compile blocks: set train.compile to auto, or take --engine ddp")

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from search_spaces.errors import UsageError
 from trainer.averaging import Average
 from trainer.checkpoint import MODEL, OPTIMIZER, Content, read_content, untrained
 from trainer.distillation import Teacher
-from trainer.engines.base import Objective, Setup, refuse_uncuttable
+from trainer.engines.base import Objective, Setup
 from trainer.engines.fsdp import whole_model
 from trainer.errors import CheckpointError
 from trainer.model import EvolmForCausalLM, build_model
@@ -37,7 +36,6 @@ class DeepSpeed:
     def __init__(
         self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
     ) -> None:
-        refuse(recipe)
         deepspeed = _deepspeed(device)
         self.recipe, self.ranks, self.device, self.stage = recipe, setup.ranks, device, setup.zero_stage
         self.norms: Mapping[str, torch.Tensor] = {}  # no rank has a matrix whole
@@ -65,8 +63,8 @@ class DeepSpeed:
         self.engine.backward(loss * self.ranks.world)
 
     def clip(self, limit: float) -> torch.Tensor:
-        """See Engine. DeepSpeed cuts the gradient as it steps, to a limit that was set at the start, and knows its norm
-        thereafter: this is the step."""
+        """See Engine. DeepSpeed clips the gradient as it steps, to a limit that was set at the start, and knows its
+        norm thereafter: this is the step."""
         if limit != self.engine.gradient_clipping():
             raise ValueError(f"the limit was set to {self.engine.gradient_clipping()} at the start, it is now {limit}")
         self.engine.step()
@@ -187,14 +185,6 @@ def _refuse_shape(name: str, value: torch.Tensor, parameter: Any) -> None:
     shape = getattr(parameter, "ds_shape", parameter.shape)
     if value.shape != shape:
         raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
-
-
-def refuse(recipe: Recipe) -> None:
-    """Raises UsageError for what DeepSpeed cannot train."""
-    refuse_uncuttable(recipe, "deepspeed")
-    for field in ("ema", "skip_spikes"):
-        if getattr(recipe.train, field):
-            raise UsageError(f"--engine deepspeed has no train.{field}; leave it 0, or take --engine fsdp or ddp")
 
 
 def _deepspeed(device: torch.device) -> Any:

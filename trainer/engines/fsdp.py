@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from trainer.checkpoint import untrained
 from trainer.cost import costs
 from trainer.distillation import Teacher
-from trainer.engines.base import Objective, Setup, refuse_uncuttable
+from trainer.engines.base import Objective, Setup
 from trainer.engines.single import Single
 from trainer.model import EvolmForCausalLM, build_model
 from trainer.objective import Losses
@@ -39,7 +39,6 @@ class FSDP(Single):
     def __init__(
         self, recipe: Recipe, seed: int, device: torch.device, setup: Setup, teacher: Teacher | None = None
     ) -> None:
-        refuse_uncuttable(recipe, "fsdp")
         self.recipe, self.ranks, self.device, self.teacher = recipe, setup.ranks, device, teacher
         self.norms: Mapping[str, torch.Tensor] = {}  # no rank has a matrix whole
         self.model = build_model(recipe, seed)

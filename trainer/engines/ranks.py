@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from search_spaces.errors import UsageError
 from trainer.device import usable_device
 from trainer.errors import RankError, RankLost
+from trainer.place import Place
 
 PREFLIGHT_SECONDS = 60.0
 """How long ranks wait for each other before the first step."""
@@ -32,39 +31,6 @@ COLLECTIVE_SECONDS = 1800.0
 FAR_TOO_LONG = timedelta(days=30)
 
 _ASK_SECONDS = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """One rank's place among those that train together, and where they meet."""
-
-    rank: int
-    world: int
-    local_rank: int
-    address: str
-    port: int
-    agent: bool = False  # whether the meeting place is kept by who started the ranks, as torchrun does
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Self | None:
-        """The place that an environment names; None for a process that trains alone. Raises UsageError."""
-        if environment.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in environment:
-            return None
-        try:
-            place = cls(
-                rank=int(environment["RANK"]),
-                world=int(environment["WORLD_SIZE"]),
-                local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
-                address=environment["MASTER_ADDR"],
-                port=int(environment["MASTER_PORT"]),
-                agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            )
-        except (KeyError, ValueError) as error:
-            words = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT go together; torchrun sets them all"
-            raise UsageError(f"the environment is not that of a rank ({error}): {words}") from None
-        if not 0 <= place.rank < place.world:
-            raise UsageError(f"RANK = {place.rank} must be at least 0 and below WORLD_SIZE = {place.world}")
-        return place
 
 
 class Ranks:
