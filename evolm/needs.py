@@ -9,7 +9,7 @@ from typing import Any, get_args
 from evolm.config import SpaceFile
 from search_spaces.errors import Path as KeyPath
 from search_spaces.errors import Problems, SpaceError
-from trainer.extras import ENGINE_FIELDS, missing_extra, untrainable, unusable_precision
+from trainer.extras import ENGINE_FIELDS, missing_extra, untrainable, unusable_kernel, unusable_precision
 from trainer.recipe import WITHOUT_TRUNK, Train
 
 NO_VALUES = ("when", "step", "log", "ordered", "transfer")
@@ -28,6 +28,9 @@ def refuse_unmet(file: SpaceFile) -> None:
             problems.add(path, rule)
     for path, word in _words(file, "precision"):
         if rule := unusable_precision(word, device):
+            problems.add(path, rule, help="or give each trial a GPU, with `resources: {gpus: 1}`")
+    for path, word in _words(file, "attention_kernel"):
+        if rule := unusable_kernel(word, device):
             problems.add(path, rule, help="or give each trial a GPU, with `resources: {gpus: 1}`")
     for field in ENGINE_FIELDS if file.settings.engine is not None else ():
         for path, value in _values(file, field):

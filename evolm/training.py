@@ -26,6 +26,7 @@ from trainer.extras import (
     missing_extra,
     refuse_setup,
     refuse_untrainable,
+    unusable_kernel,
     unusable_precision,
 )
 from trainer.place import Place
@@ -69,7 +70,11 @@ def read_trainable(
     length = tokens or recipe.train.tokens
     if length is None:
         raise UsageError(f"{path}: needs `train.tokens`, or give --tokens")
-    for words in (missing_extra(recipe.train.optimizer), unusable_precision(recipe.train.precision, device)):
+    for words in (
+        missing_extra(recipe.train.optimizer),
+        unusable_precision(recipe.train.precision, device),
+        unusable_kernel(recipe.train.attention_kernel, device),
+    ):
         if words:
             raise UsageError(f"{path}: {words}")
     chosen = engine or ("ddp" if together else "single")

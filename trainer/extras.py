@@ -41,6 +41,13 @@ def unusable_precision(precision: str, device: str) -> str | None:
     )
 
 
+def unusable_kernel(kernel: str, device: str) -> str | None:
+    """Why a device (`cpu`, `cuda`, `cuda:1`) cannot train with an attention kernel, or None."""
+    if kernel != "flex" or not device.startswith("cpu"):
+        return None
+    return "train.attention_kernel 'flex' has no backward pass on a CPU; take auto, blocked or sdpa"
+
+
 def untrainable(engine: str, field: str, value: Any) -> str | None:
     """Why an engine cannot train with a value of one of `ENGINE_FIELDS`, or None."""
     if engine not in SHARDING:

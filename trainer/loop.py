@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from search_spaces.errors import UsageError
+from trainer.attention_kernels import BLOCK
 from trainer.averaging import Average
 from trainer.checkpoint import RunState, read_state, write_checkpoint
 from trainer.compiling import compiled_blocks, compiles
@@ -29,7 +30,7 @@ from trainer.engines import Setup, build_engine
 from trainer.engines.base import uncounted
 from trainer.engines.shares import passes
 from trainer.errors import CheckpointError, DataError
-from trainer.extras import unusable_precision
+from trainer.extras import unusable_kernel, unusable_precision
 from trainer.gates import check_causality, check_floor
 from trainer.loss_scale import LossScale
 from trainer.memory import micro_batch, out_of_memory, recompute_blocks
@@ -69,8 +70,12 @@ def train(
     setup.
     """
     seed = recipe.train.seed if seed is None else seed
-    if words := unusable_precision(recipe.train.precision, device):
-        raise UsageError(words)
+    for words in (
+        unusable_precision(recipe.train.precision, device),
+        unusable_kernel(recipe.train.attention_kernel, device),
+    ):
+        if words:
+            raise UsageError(words)
     if corpus.tokenizer.vocab_size != recipe.data.tokenizer.vocab_size:
         raise DataError(
             f"the corpus has a vocabulary of {corpus.tokenizer.vocab_size} entries, "
@@ -359,7 +364,7 @@ class _Run:
     def finish(self) -> None:
         """Judge the trained model, save it, and give it the weights that it is judged by."""
         with self.average.in_place() if self.average is not None else nullcontext():
-            self.check(check_causality, check_floor)
+            self.check(partial(check_causality, length=2 * BLOCK + 2), check_floor)  # over the edges of blocks
         self.save(self.checkpoints.final)
         if self.average is not None:
             self.average.settle()

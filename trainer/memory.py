@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trainer.attention_kernels import attention_kernel
 from trainer.cost import micro_batch_tokens, sharded_memory
 from trainer.engines import Setup
 from trainer.model import EvolmForCausalLM
@@ -41,7 +42,8 @@ def largest_micro_batch(recipe: Recipe, budget: float, setup: Setup | None = Non
 
 
 def _predicted(recipe: Recipe, tokens: int, setup: Setup) -> float:
-    train = recipe.train.model_copy(update={"micro_batch_tokens": tokens})
+    kernel = attention_kernel(recipe, "cuda")  # what costs are told by is the CPU's, which keeps more
+    train = recipe.train.model_copy(update={"micro_batch_tokens": tokens, "attention_kernel": kernel})
     return sharded_memory(
         recipe.model_copy(update={"train": train}),
         setup.engine,

@@ -58,8 +58,15 @@ def test_with_the_extra_all_are_there(evolm, space_file: Path) -> None:
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_fp16_takes_a_gpu(space_file: Path, gpus: int) -> None:
-    with_train(space_file, "precision: {choice: [bf16, fp16]}")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("precision: {choice: [bf16, fp16]}", r"train.precision 'fp16' is for GPUs: .* use bf16 or fp32"),
+        ("attention_kernel: flex", r"train.attention_kernel 'flex' has no backward pass on a CPU"),
+    ],
+)
+def test_what_only_a_gpu_can_do_takes_one(space_file: Path, gpus: int, line: str, words: str) -> None:
+    with_train(space_file, line)
     text = space_file.read_text()
     assert "resources:" not in text
     space_file.write_text(text + f"resources: {{gpus: {gpus}}}\n")
@@ -67,7 +74,7 @@ def test_fp16_takes_a_gpu(space_file: Path, gpus: int) -> None:
     if gpus:
         refuse_unmet(file)
         return
-    with pytest.raises(SpaceError, match=r"train.precision 'fp16' is for GPUs: .* use bf16 or fp32"):
+    with pytest.raises(SpaceError, match=words):
         refuse_unmet(file)
 
 

@@ -54,7 +54,8 @@ def test_on_a_gpu_it_is_what_its_free_memory_holds(recipe_of, monkeypatch, free,
 
 def test_the_largest_that_fits_is_taken_and_a_batch_is_enough(recipe_of):
     def needs(sequences):
-        return costs(recipe_of(train={"batch_tokens": 8192, "micro_batch_tokens": 32 * sequences})).train_memory
+        named = {"batch_tokens": 8192, "micro_batch_tokens": 32 * sequences, "attention_kernel": "sdpa"}  # a GPU's
+        return costs(recipe_of(train=named)).train_memory
 
     recipe = recipe_of(train={"batch_tokens": 8192})
     assert largest_micro_batch(recipe, needs(256)) == 256

@@ -91,7 +91,9 @@ class Objective(nn.Module):
 def uncounted(model: nn.Module) -> Iterator[None]:
     """For passes that count nothing: what a model notes as it trains, such as the loads of experts, is as before."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    yield
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
