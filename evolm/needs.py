@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 from evolm.config import SpaceFile
@@ -18,7 +19,7 @@ NO_VALUES = ("when", "step", "log", "ordered", "transfer")
 
 def refuse_unmet(file: SpaceFile) -> None:
     """Raise SpaceError where a value that a trial may have needs an extra that is not installed, a GPU that trials
-    are not given, or another engine than they are trained with."""
+    are not given, another engine than they are trained with, or a teacher that is not there."""
     if file.settings.command is not None:
         return
     problems = Problems()
@@ -32,6 +33,11 @@ def refuse_unmet(file: SpaceFile) -> None:
     for path, word in _words(file, "attention_kernel"):
         if rule := unusable_kernel(word, device):
             problems.add(path, rule, help="or give each trial a GPU, with `resources: {gpus: 1}`")
+    for path, folder in _below(file.document.value.get("train"), ("train",), "teacher", False):
+        roots = (Path.cwd(), *file.document.folders)
+        if isinstance(folder, str) and not any((root / folder / "config.json").is_file() for root in roots):
+            advice = "give the folder of an exported model, as `evolm promote` writes it (promoted/ID/export/hf)"
+            problems.add(path, "train.teacher: no exported model there", value=folder, help=advice)
     for field in ENGINE_FIELDS if file.settings.engine is not None else ():
         for path, value in _values(file, field):
             if rule := untrainable(str(file.settings.engine), field, value):

@@ -94,6 +94,8 @@ def promote(
         keep_scale(folder, scale)
         if scale is not None:
             say(f"at {scale.words} that the search had")
+        if "baseline" not in recipes:
+            say(f"trial {trial.id} is the baseline itself: there is nothing to compare it with")
         say(f"training on {format_count(length)} tokens each: {' and '.join(LABELS[name] for name in recipes)}")
         records = _train_all(run, recipes, folder, length, where, say)
         baseline = records.get("baseline")

@@ -119,6 +119,8 @@ def train_recipe(
         offload=offload,
         sinks=sinks,
     )
+    # Before torch: threads that wait by spinning bring a busy machine to a standstill.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     from trainer.device import usable_device

@@ -87,7 +87,12 @@ class Cell:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "evolm.executors.cell", str(theirs.fileno()), self._runner]
-            env = {**os.environ, **self._env, "PYTHONPATH": os.pathsep.join(filter(None, self._path))}
+            env = {
+                "OMP_WAIT_POLICY": "passive",
+                **os.environ,
+                **self._env,
+                "PYTHONPATH": os.pathsep.join(filter(None, self._path)),
+            }
             self._family = Family(command, mark=MARK, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._socket, self._lines = ours, _Lines(ours)
         self._used = False

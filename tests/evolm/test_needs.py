@@ -159,3 +159,18 @@ def test_fp16_is_not_for_fsdp(space_file: Path) -> None:
     with pytest.raises(SpaceError, match="engine fsdp trains in fp32 or bf16") as told:
         refuse_unmet(load_space(space_file))
     assert len(told.value.problems) == 1
+
+
+@pytest.mark.parametrize("said", ["nowhere", "{choice: [nowhere, here]}"])
+def test_a_teacher_has_to_be_there(space_file: Path, said: str) -> None:
+    Path("here").mkdir()
+    Path("here/config.json").touch()
+    with pytest.raises(SpaceError, match=r"train.teacher: no exported model there") as error:
+        refuse_unmet(load_space(with_train(space_file, f"teacher: {said}")))
+    assert "nowhere" in str(error.value) and "is here" not in str(error.value)
+
+
+def test_one_that_is_there_will_do(space_file: Path) -> None:
+    Path("here").mkdir()
+    Path("here/config.json").touch()
+    refuse_unmet(load_space(with_train(space_file, "teacher: here")))
